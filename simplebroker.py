@@ -858,6 +858,7 @@ class _BlockedWaiter:
 # It sleeps on the doorbell (inotify, kqueue), and looks by itself every max_interval_s.
 # ---------------------------------------------------------------------------------------------------
 
+YIELD_S = 0.0002  # after waking others, so that they and not we have the interpreter and the connection first
 FIRST_POLL_S = 0.001  # without a doorbell: the first look after a change, doubling up to max_interval_s
 
 
@@ -1089,6 +1090,7 @@ class Attendant:
             bell.attach()
             if changed:
                 self._wake_all()
+                time.sleep(YIELD_S)
                 seen, due = self._look(), self._next_due()
             pause = self._interval_s if bell.hears else FIRST_POLL_S if changed else min(2 * pause, self._interval_s)
             timeout = min(pause, max(0.0, self._run_chores() - time.monotonic()))
@@ -1210,6 +1212,7 @@ class SQLiteRunner(SQLRunner):
         self._depth = 0
         self._owner = 0  # the thread that is in a transaction; 0: none. May be read without the mutex.
         self._ring = False  # the transaction has made something deliverable
+        self._relaxed = False  # the transaction is not synced
 
     # -- the five methods
 
@@ -1237,8 +1240,11 @@ class SQLiteRunner(SQLRunner):
         finally:
             self._mutex.release()
 
-    def begin_immediate(self) -> None:
-        """Start a transaction, or a nested one. Blocks up to BROKER_BUSY_TIMEOUT, then OperationalError."""
+    def begin_immediate(self, *, durable: bool = True) -> None:
+        """Start a transaction, or a nested one. Blocks up to BROKER_BUSY_TIMEOUT, then OperationalError.
+
+        ``durable=False``: not synced to the disk by itself, for what a crash of the machine may undo.
+        """
         deadline = self._enter()
         try:
             if self._depth:
@@ -1247,8 +1253,12 @@ class SQLiteRunner(SQLRunner):
                 self._lock.acquire(deadline)
                 try:
                     self._use_current_file(deadline)
+                    self._relaxed = not durable and self.settings.sync_mode == "FULL"
+                    if self._relaxed:
+                        self._execute("PRAGMA synchronous = NORMAL")
                     self._begin(deadline)
                 except BaseException:
+                    self._restore_sync()
                     self._lock.release()
                     raise
                 self._ring, self._owner = False, threading.get_ident()
@@ -1303,8 +1313,14 @@ class SQLiteRunner(SQLRunner):
         self._depth -= 1
         if not self._depth:
             self._owner = 0
+            self._restore_sync()
             self._lock.release()
         self._mutex.release()
+
+    def _restore_sync(self) -> None:
+        if self._relaxed:
+            self._relaxed = False
+            self._execute("PRAGMA synchronous = FULL")
 
     def _check_owner(self) -> None:
         if self._owner != threading.get_ident():
@@ -1602,13 +1618,16 @@ class Stats(namedtuple("Stats", "ready leased delayed")):
 class _Transaction:
     """``with broker.transaction() as run:`` commits at the end; rolls back and re-raises on an error."""
 
-    __slots__ = ("_runner",)
+    __slots__ = ("_durable", "_runner")
 
-    def __init__(self, runner: SQLRunner) -> None:
-        self._runner = runner
+    def __init__(self, runner: SQLRunner, *, durable: bool = True) -> None:
+        self._runner, self._durable = runner, durable
 
     def __enter__(self) -> Run:
-        self._runner.begin_immediate()
+        if self._durable or not isinstance(self._runner, SQLiteRunner):
+            self._runner.begin_immediate()
+        else:
+            self._runner.begin_immediate(durable=False)
         return self._runner.run
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -1650,6 +1669,7 @@ class Broker:
         self.runner: SQLRunner = runner
         self.ids = TimestampGenerator(self.runner, clock)
         self._transaction = _Transaction(self.runner)
+        self._relaxed_transaction = _Transaction(self.runner, durable=False)
         self._closed = False
         self._prepared = isinstance(self.runner, SQLiteRunner)  # which makes its schema itself
         if isinstance(self.runner, SQLiteRunner):
@@ -1687,6 +1707,11 @@ class Broker:
         if self._closed or not self._prepared:
             self._prepare()
         return self._transaction
+
+    def relaxed_transaction(self) -> _Transaction:
+        """A transaction() that a crash of the machine may undo, which is what becomes of leases anyway."""
+        self.transaction()
+        return self._relaxed_transaction
 
     def run(self, sql: str, params: Sequence[Any] = ()) -> list[Any]:
         """Run one statement of the SQL room by itself and return its rows."""
@@ -2086,14 +2111,14 @@ class Queue:
     def extend(self, message: Message, seconds: float = DEFAULT_LEASE_S) -> None:
         """Let the lease end that many seconds from now. LeaseLost if someone else has the message."""
         until = self.broker.clock() + to_ns(seconds, "lease")
-        with self.broker.transaction() as run:
+        with self.broker.relaxed_transaction() as run:
             self._check_lease(run, message)
             run(RENEW_LEASE, (message.id, self.name, message.attempt, until))
 
     def release(self, message: Message, *, delay: float | None = None) -> None:
         """Give a leased message back: ready at once, or after ``delay`` seconds. LeaseLost as in ack()."""
         until = self._held_until(delay, None)
-        with self.broker.transaction() as run:
+        with self.broker.relaxed_transaction() as run:
             self._check_lease(run, message)
             run(RELEASE_MESSAGE, (message.id, until))
 
@@ -2186,7 +2211,7 @@ class Queue:
         must not use up their attempts with it.
         """
         until = self.broker.clock() + lease_ns
-        with self.broker.transaction() as run:
+        with self.broker.relaxed_transaction() as run:
             rows = self._select_ready(run, low, high, limit)
             fresh = next((n for n, row in enumerate(rows) if row[2]), len(rows))
             rows = rows[: max(1, fresh)]
@@ -2311,7 +2336,7 @@ class LeaseKeeper(Chore):
         with self._guard:
             left, self._open = self._open, {}
         if left:
-            with self._queue.broker.transaction() as run:
+            with self._queue.broker.relaxed_transaction() as run:
                 for message in left.values():
                     run(UNLEASE_MESSAGE, (message.id, message.queue, message.attempt))
 
@@ -2325,7 +2350,7 @@ class LeaseKeeper(Chore):
         with self._guard:
             if self._open:
                 until = self._queue.broker.clock() + self._lease_ns
-                with self._queue.broker.transaction() as run:
+                with self._queue.broker.relaxed_transaction() as run:
                     for message in self._open.values():
                         run(RENEW_LEASE, (message.id, message.queue, message.attempt, until))
 
