@@ -2713,13 +2713,20 @@ class Outlet:
                 self.wait_until_read()
 
     def wait_until_read(self, patience_s: float | None = None) -> None:
-        """With exact: block until the reader has taken everything, or patience_s are over."""
+        """With exact: block until the reader has taken everything, or patience_s are over.
+
+        BrokenPipeError if it has gone and left something unread.
+        """
         import select
+        import termios
 
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
-        if any(events & select.POLLERR for _, events in poll.poll(None if patience_s is None else patience_s * 1000)):
-            raise BrokenPipeError("nobody reads the output")
+        events = poll.poll(None if patience_s is None else patience_s * 1000)
+        if events and events[0][1] & select.POLLERR:
+            unread = fcntl.ioctl(self._fd, termios.FIONREAD, b"\0\0\0\0")
+            if any(unread):
+                raise BrokenPipeError("nobody reads the output")
 
 
 class Progress:
