@@ -1227,9 +1227,8 @@ class SQLiteRunner(SQLRunner):
             if sql[:6] in ("SELECT", "PRAGMA"):
                 self._use_current_file()
                 return self._execute(sql, params)
-            self._lock.acquire(deadline)
+            self._lock_file(deadline)
             try:
-                self._use_current_file(deadline)
                 rows = self._execute(sql, params)
                 if sql in RINGING:
                     self._lock.ring()
@@ -1250,9 +1249,8 @@ class SQLiteRunner(SQLRunner):
             if self._depth:
                 self._execute("SAVEPOINT nested")
             else:
-                self._lock.acquire(deadline)
+                self._lock_file(deadline)
                 try:
-                    self._use_current_file(deadline)
                     self._relaxed = not durable and self.settings.sync_mode == "FULL"
                     if self._relaxed:
                         self._execute("PRAGMA synchronous = NORMAL")
@@ -1326,6 +1324,17 @@ class SQLiteRunner(SQLRunner):
         if self._owner != threading.get_ident():
             raise OperationalError("this thread has no open transaction (a forked child does not inherit one)")
 
+    def _lock_file(self, deadline: float) -> None:
+        """Take the writer lock, and see that the connection is to the current file."""
+        if self._connection is None:
+            self._use_current_file()  # refuses a foreign file before a lock file is put beside it
+        self._lock.acquire(deadline)
+        try:
+            self._use_current_file(deadline)
+        except BaseException:
+            self._lock.release()
+            raise
+
     def _begin(self, deadline: float) -> None:
         """BEGIN IMMEDIATE, with what is left of the deadline for writers that do not take the lock."""
         left_ms = int((deadline - time.monotonic()) * 1000)
@@ -1375,7 +1384,7 @@ class SQLiteRunner(SQLRunner):
         if deadline is not None:
             self._lock.acquire(deadline, check=True)  # who replaced the file may have replaced the lock too
             identity = self._identify()
-        self._disconnect()
+        self._disconnect(moved=self._identity not in (None, identity))
         self._opened += 1
         try:
             if identity is None and deadline is None:
@@ -1495,11 +1504,13 @@ class SQLiteRunner(SQLRunner):
                 self._execute("ROLLBACK")
             raise
 
-    def _disconnect(self) -> None:
+    def _disconnect(self, *, moved: bool = False) -> None:
         connection, self._connection = self._connection, None
         self._identity, self._immutable = None, False
         self._inode = self._device = -1
-        if connection is not None:
+        if connection is not None and moved and sqlite3.sqlite_version_info < (3, 31):
+            _abandoned.append(connection)  # closing it would delete the log of the new file, which has its name
+        elif connection is not None:
             connection.close()
 
     def delete_file(self) -> bool:
