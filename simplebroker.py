@@ -2283,14 +2283,15 @@ class LeaseKeeper(Chore):
     """The leases of one consumer: taken in batches, renewed in the background, given back at the end.
 
     ``with LeaseKeeper(queue, lease_s) as keeper:`` take() messages, and acknowledge() each.
+    ``lazy``: renew only after keep_alive(), for those who are mostly done before a thread could start.
     """
 
-    def __init__(self, queue: Queue, lease_s: float = DEFAULT_LEASE_S) -> None:
+    def __init__(self, queue: Queue, lease_s: float = DEFAULT_LEASE_S, *, lazy: bool = False) -> None:
         self._lease_ns = to_ns(lease_s, "lease")
         if not self._lease_ns:
             raise ValueError("a lease must be longer than 0 seconds")
         self.period_s, self.next_at = lease_s / 3, 0.0
-        self._queue = queue
+        self._queue, self._lazy = queue, lazy
         # Guards _open: what is leased and not settled yet. The attendant holds it until its renewal is
         # committed: what is settled meanwhile must not be renewed after it.
         self._guard = threading.Lock()
@@ -2299,9 +2300,15 @@ class LeaseKeeper(Chore):
         self._last: list[Message] = []
 
     def __enter__(self) -> LeaseKeeper:
-        self.next_at = time.monotonic() + self.period_s
-        self._queue.broker.attendant.add(self)
+        if not self._lazy:
+            self.keep_alive()
         return self
+
+    def keep_alive(self) -> None:
+        """Renew the leases in the background from now on."""
+        if not self.next_at:
+            self.next_at = time.monotonic() + self.period_s
+            self._queue.broker.attendant.add(self)
 
     def __exit__(self, *_: object) -> None:
         self._queue.broker.attendant.remove(self)
@@ -2723,8 +2730,8 @@ class Outlet:
             except BlockingIOError:  # someone made our end of the pipe non-blocking
                 self.wait_until_read()
 
-    def wait_until_read(self, patience_s: float | None = None) -> None:
-        """With exact: block until the reader has taken everything, or patience_s are over.
+    def wait_until_read(self, patience_s: float | None = None) -> bool:
+        """With exact: block until the reader has taken everything; False if patience_s were over first.
 
         BrokenPipeError if it has gone and left something unread.
         """
@@ -2738,6 +2745,7 @@ class Outlet:
             unread = fcntl.ioctl(self._fd, termios.FIONREAD, b"\0\0\0\0")
             if any(unread):
                 raise BrokenPipeError("nobody reads the output")
+        return bool(events)
 
 
 class Progress:
@@ -2759,6 +2767,7 @@ class Options:
 
     run: Callable[[Options], int | None]
     operands: list[str]
+    command = ""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # argparse asks for private names of its own
@@ -2870,7 +2879,7 @@ def run_read(options: Options) -> int | None:
     count = 0
     if options.wait is not None and not queue.wait_until_pending(options.wait, low, high):
         return NOTHING
-    with LeaseKeeper(queue) as keeper:
+    with LeaseKeeper(queue, lazy=True) as keeper:
         while limit is None or count < limit:
             batch = keeper.take(limit and min(limit - count, MAX_BATCH), low, high)
             if not batch:
@@ -2888,7 +2897,9 @@ def hand_over(keeper: LeaseKeeper, batch: list[Message], outlet: Outlet, options
             outlet.write(options.format(message))
             if outlet.exact:
                 outlet.flush()
-                outlet.wait_until_read(outlet.LAST_WAIT_S if message is batch[-1] else None)
+                if not outlet.wait_until_read(FAST_BATCH_S):
+                    keeper.keep_alive()
+                    outlet.wait_until_read(outlet.LAST_WAIT_S if message is batch[-1] else None)
                 arrived += 1
         outlet.flush()
         arrived = len(batch)
@@ -3309,14 +3320,18 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     # sees neither: the split is made here, and operands that come after options are what it leaves over.
     split = argv.index("--") if "--" in argv else len(argv)
     head, literal = argv[:split], argv[split + 1 :]
-    options, rest = _make_parser(head).parse_known_args(head, Options())
+    options, rest = Options(), []
+    if head and head[0] in COMMANDS and not any(word[:1] == "-" != word for word in head):
+        options.command, *rest = head  # no options: starting without argparse takes half the time
+    else:
+        options, rest = _make_parser(head).parse_known_args(head, options)
     for word in rest:
         if word.startswith("-") and len(word) > 1 and not word[1].isdigit():
             raise UsageError(f"unknown option {word!r}: if it is text, write it after '--'; see broker --help")
     actions = [name for name in ACTIONS if getattr(options, name)]
     if actions and (options.command or len(actions) > 1):
         raise UsageError(f"--{actions[0]} stands alone: no command or other action goes with it")
-    if not actions and options.command is None:
+    if not actions and not options.command:
         raise UsageError(f"no command: give one of {', '.join(COMMANDS)}; see broker --help")
     options.run, spec = (*ACTIONS[actions[0]][:1], "") if actions else COMMANDS[options.command][:2]
     options.operands = [*(options.operands_first or []), *rest, *literal]
@@ -3331,13 +3346,8 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     return options
 
 
-def _make_parser(head: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser, with the subparsers that these words can need: making all of them takes 6 ms."""
+def _add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UsageError(f"{message}; see broker --help")
 
     def checked(parse: Callable[[str], object]) -> Callable[[str], object]:
         def convert(text: str) -> object:
@@ -3348,26 +3358,38 @@ def _make_parser(head: Sequence[str]) -> argparse.ArgumentParser:
 
         return convert
 
-    def add(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-        for name in names:
-            flags, details = OPTIONS[name]
-            parse = {"type": checked(details["type"])} if "type" in details else {}
-            parser.add_argument(*flags, **{**details, **parse})
+    for name in names:
+        flags, details = OPTIONS[name]
+        if "type" in details:
+            details = {**details, "type": checked(details["type"])}
+        parser.add_argument(*flags, **details)
+
+
+def _make_parser(head: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser, with the subparsers that these words can need: making all of them takes 6 ms."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(f"{message}; see broker --help")
 
     everything = "-h" in head or "--help" in head
     names = [name for name in COMMANDS if everything or name in head] or list(COMMANDS)
     common: dict[str, Any] = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    if not everything:  # a formatter is made for each argument; one that need not ask for the width is quick
+        common["formatter_class"] = lambda prog: argparse.HelpFormatter(prog, width=100)
     parser = Parser("broker", description="A durable message queue in one file.", epilog=HELP_END, **common)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add(parser, (*GLOBAL_OPTIONS, "json"))
+    if everything:
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    _add_options(parser, (*GLOBAL_OPTIONS, "json"))
     for action, (_, text) in ACTIONS.items():
         parser.add_argument(f"--{action}", action="store_true", help=text)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="broker")
     for name in names:
         _, spec, bundle, text = COMMANDS[name]
         usage = f"broker {name} [options] {spec}"
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".", usage=usage, **common)
-        add(command, (*bundle.split(), *GLOBAL_OPTIONS))
+        _add_options(command, (*bundle.split(), *GLOBAL_OPTIONS))
         command.add_argument("operands_first", nargs="*", help=argparse.SUPPRESS)
     return parser
 
