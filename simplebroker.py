@@ -1023,7 +1023,8 @@ class _Doorbell:
 
 
 class Attendant:
-    """The one thread that waits for a whole process. It runs while it has alarms or chores.
+    """The one thread that waits for a whole process. It runs while it has alarms or chores; its doorbell
+    stays until close(), because the kernel takes 10 ms to close an inotify instance.
 
     ``look()`` returns a value that changes with commits of others; an ever new one where that cannot be
     told. ``next_due(now_ns)`` returns when the first message held after now becomes due, or None.
@@ -1046,20 +1047,26 @@ class Attendant:
 
     def forget_parent(self) -> None:
         """In a forked child: the thread and the waiters are the parent's."""
-        bell, self._bell = self._bell, None
-        if bell is not None:
-            bell.close()
         self._start()
+        self.close()
+
+    def close(self) -> None:
+        """Close the doorbell, unless there are clients."""
+        with self._guard:
+            if self._thread is None and self._bell is not None:
+                self._bell.close()
+                self._bell = None
 
     def add(self, client: Alarm | Chore) -> None:
         """Serve an alarm or a chore until remove()."""
         with self._guard:
             self._clients.add(client)
             if self._bell is None:
-                bell = self._bell = _Doorbell(self._bell_path)
-                bell.attach()
+                self._bell = _Doorbell(self._bell_path)
+            if self._thread is None:
+                self._bell.attach()
                 # What is true now is taken before the client looks, so that it misses no change.
-                args = (bell, self._look(), self._next_due())
+                args = (self._bell, self._look(), self._next_due())
                 self._thread = threading.Thread(target=self._serve, args=args, name="simplebroker-wait", daemon=True)
                 self._thread.start()
             elif isinstance(client, Chore):
@@ -1071,22 +1078,21 @@ class Attendant:
             self._clients.discard(client)
             if self._clients or self._bell is None or self._thread is None:
                 return
-            bell, thread = self._bell, self._thread
-            self._bell = self._thread = None
-            bell.interrupt()
+            thread, self._thread = self._thread, None
+            self._bell.interrupt()
         if thread is not threading.current_thread():
             thread.join()
 
     def ring(self) -> None:
         """A commit of this process may have made a message deliverable."""
         bell = self._bell
-        if bell is not None and not bell.hears:
+        if self._thread is not None and bell is not None and not bell.hears:
             self._rung = True
             bell.interrupt()
 
     def _serve(self, bell: _Doorbell, seen: object, due: int | None) -> None:
         pause, changed = FIRST_POLL_S, False
-        while self._bell is bell:
+        while self._thread is threading.current_thread():
             bell.attach()
             if changed:
                 self._wake_all()
@@ -1099,7 +1105,6 @@ class Attendant:
             rung = bell.wait(timeout) or self._rung
             self._rung = False
             changed = rung or (due is not None and self._clock() >= due) or self._look() != seen
-        bell.close()
 
     def _wake_all(self) -> None:
         with self._guard:
@@ -1295,6 +1300,7 @@ class SQLiteRunner(SQLRunner):
         with self._mutex:
             self._disconnect()
             self._lock.close()
+        self.attendant.close()
 
     # -- transactions
 
