@@ -2466,7 +2466,7 @@ class QueueWatcher:
         self._batch_size = None if batch_size is None else check_limit(batch_size, "batch_size")
         self._backoff = to_ns(backoff, "backoff") / NS
         self._alarm = Alarm(self.queue.broker.attendant)
-        self._stop_event, self._stopping = stop_event, False
+        self._stop_event, self.stopping = stop_event, False
         self._thread: threading.Thread | None = None
         self._running = threading.Lock()  # held by the thread that is in watch()
 
@@ -2504,7 +2504,7 @@ class QueueWatcher:
 
     def request_stop(self) -> None:
         """Stop after the current message. Returns at once; safe in handlers and signal handlers."""
-        self._stopping = True
+        self.stopping = True
         self._alarm.wake()
 
     def stop(self, timeout: float | None = None) -> None:
@@ -2522,7 +2522,7 @@ class QueueWatcher:
         self.stop()
 
     def _stopped(self) -> bool:
-        return self._stopping or (self._stop_event is not None and self._stop_event.is_set())
+        return self.stopping or (self._stop_event is not None and self._stop_event.is_set())
 
     def _idle(self) -> None:
         """Nothing is there: sleep until something may be."""
@@ -2755,7 +2755,9 @@ class Outlet:
 
 
 class Progress:
-    """A running count on standard error, if that is a terminal and not --quiet."""
+    """A running count on standard error, if that is a terminal and not --quiet. main() ends its line."""
+
+    shown = False
 
     def __init__(self, what: str, options: Options) -> None:
         self._what, self._count, self._next_at = what, 0, time.monotonic() + 0.5
@@ -2765,7 +2767,8 @@ class Progress:
         self._count += number
         if self._on and time.monotonic() >= self._next_at:
             self._next_at = time.monotonic() + 0.2
-            print(f"\r{self._what}: {self._count:,}", end="\r", file=sys.stderr, flush=True)
+            print(f"\r{self._what}: {self._count:,}", end="", file=sys.stderr, flush=True)
+            Progress.shown = True
 
 
 class Options:
@@ -3042,8 +3045,9 @@ def run_watch(options: Options) -> int | None:
     def handler(message: Message, timestamp: int) -> None:
         outlet.write(options.format(message))
         outlet.flush()
-        if outlet.exact:
-            outlet.wait_until_read()
+        while outlet.exact and not outlet.wait_until_read(FAST_BATCH_S):
+            if watcher.stopping:
+                raise InterruptedError("stopped before the message was read")
 
     failures: list[BaseException] = []
 
@@ -3052,11 +3056,13 @@ def run_watch(options: Options) -> int | None:
         return False
 
     queue, after = options.queue(), options.after
+    watcher: QueueWatcher
     if options.move:
-        QueueMoveWatcher(queue, options.move, handler, after=after, error_handler=on_error).watch()
+        watcher = QueueMoveWatcher(queue, options.move, handler, after=after, error_handler=on_error)
     else:
-        QueueWatcher(queue, handler, peek=bool(options.peek), after=after, error_handler=on_error).watch()
-    if failures:
+        watcher = QueueWatcher(queue, handler, peek=bool(options.peek), after=after, error_handler=on_error)
+    watcher.watch()
+    if failures and not isinstance(failures[0], InterruptedError):
         raise failures[0]
     return DONE
 
@@ -3421,6 +3427,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
             return status or DONE
         finally:
+            if Progress.shown:
+                print(file=sys.stderr)
             for runner, _ in list(_shared.values()):
                 runner.close()
     except BrokenPipeError:
