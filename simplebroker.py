@@ -748,7 +748,7 @@ class WriterLock:
         directory = os.path.dirname(self.path)
         try:
             if not os.path.isdir(directory):  # of a compound name such as .queue/broker.db
-                os.makedirs(directory, 0o700, exist_ok=os.path.isdir(os.path.dirname(directory)))
+                os.makedirs(directory, 0o700, exist_ok=True)
             self._fd = os.open(self.path, flags, 0o600)
             if os.name == "posix" and os.fstat(self._fd).st_mode & 0o700 != 0o600:
                 os.fchmod(self._fd, 0o600)  # the umask took bits away from the owner
