@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -99,3 +100,67 @@ class BrokerTest(unittest.TestCase):
         self.assertNotIn(b"Traceback", done.stderr)
         if status == 1:
             self.assertRegex(done.stderr, rb"\A(.*\n)*broker: error: [^\n]+\n\Z")
+
+
+class ReadmeTest(BrokerTest):
+    """README.md is true: what it shows was run, by this."""
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def blocks(self, language: str) -> list[str]:
+        return re.findall(rf"^```{language}\n(.*?)^```", self.text, re.MULTILINE | re.DOTALL)
+
+    def shell(self, script: str) -> subprocess.CompletedProcess[bytes]:
+        """Run a block in an empty directory that has simplebroker.py, with a command broker."""
+        (self.dir / "simplebroker.py").write_bytes((ROOT / "simplebroker.py").read_bytes())
+        bin_dir = self.dir / "bin"
+        bin_dir.mkdir(exist_ok=True)
+        for name, words in (("broker", "-m simplebroker "), ("python3", "")):
+            (bin_dir / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words}"$@"\n')
+            (bin_dir / name).chmod(0o755)
+        environ = {**self.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "PYTHONPATH": str(self.dir)}
+        command = ["sh", "-ec", script]
+        return subprocess.run(command, cwd=self.dir, env=environ, capture_output=True, timeout=DEADLINE_S)
+
+    def test_the_first_command_does_the_main_job(self) -> None:
+        self.assertRan(self.shell(self.blocks("bash")[0]), b"ship it\n")
+
+    def test_the_second_command_is_how_these_tests_run(self) -> None:
+        self.assertEqual(self.blocks("bash")[1], "python3 -m unittest\n")
+
+    def test_the_shell_lines_print_what_their_comments_say(self) -> None:
+        done = self.shell(self.blocks("bash")[2])
+        self.assertRan(done, b"tasks: 2\nship it\n1\n2\n")
+        self.assertRan(self.cli("list", "--stats", "-f", ".broker.db"))
+        shown = self.cli("list", "--stats", "-f", ".broker.db").stdout
+        self.assertEqual(shown, b"tasks: 1 (2 total, 0 leased, 1 delayed)\n")
+
+    def test_the_python_lines_run(self) -> None:
+        (code,) = self.blocks("python")
+        child = self.python(code)
+        out, _ = child.communicate(timeout=DEADLINE_S)
+        self.assertEqual(child.returncode, 0)
+        self.assertRegex(out, rb"\Aship it\ncareful work \d{19} 1\n\Z")
+
+    def test_every_setting_and_its_default_is_listed(self) -> None:
+        listed = dict(re.findall(r"^\| `(BROKER_\w+)` \| ([^|]+?) \|", self.text, re.MULTILINE))
+        for attribute, variable, default, *_ in simplebroker._RULES:
+            self.assertIn(variable, listed)
+            shown = {None: "the current directory", False: "0"}.get(default, str(default))  # type: ignore[call-overload]
+            self.assertEqual(listed[variable], shown, attribute)
+        self.assertEqual(len(listed), len(simplebroker._RULES))
+
+    def test_every_link_leads_somewhere(self) -> None:
+        links = re.findall(r"\]\(([^)#:]+)\)", self.text)
+        self.assertGreater(len(links), 10)
+        for link in links:
+            self.assertTrue((ROOT / link).exists(), link)
+
+    def test_the_top_level_holds_what_it_may(self) -> None:
+        done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            self.assertTrue((ROOT / "LICENSE").exists())  # not a checkout, but a copy of one
+            return
+        allowed = {"simplebroker.py", "test_simplebroker.py", "examples", "pyproject.toml", "README.md", "LICENSE"}
+        found = {name.split("/")[0] for name in done.stdout.split()}
+        self.assertEqual({name for name in found - allowed if not name.startswith(".")}, set())
