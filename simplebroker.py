@@ -1181,7 +1181,19 @@ _MEANINGS = (
     ("readonly", "the database cannot be written: make the file and its directory writable"),
     ("unable to open", "the database cannot be opened: check that the directory exists and is accessible"),
 )
-_abandoned: list[sqlite3.Connection] = []  # a parent's connections after fork: closing them would break the parent's
+# Connections that must never be closed, not even when the interpreter ends: a parent's after fork, whose
+# closing would roll back, in memory that both share, a transaction of the parent.
+_abandoned: list[sqlite3.Connection] = []
+
+
+def _abandon(connection: sqlite3.Connection) -> None:
+    _abandoned.append(connection)
+    try:
+        import ctypes  # no delay: _before_fork() imported it
+
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))  # a reference that nobody gives back
+    except (ImportError, AttributeError):  # PyPy closes nothing when it ends
+        pass
 
 
 class SQLiteRunner(SQLRunner):
@@ -1463,7 +1475,7 @@ class SQLiteRunner(SQLRunner):
         """True: a SimpleBroker database. False: an empty file. DatabaseError: anything else. Only reads."""
         magic = self._execute("PRAGMA application_id")[0][0]
         objects = self._execute(SELECT_OBJECTS)
-        if magic == 0 and not objects:
+        if magic == 0 and not objects and os.path.getsize(self.path) != 1:  # SQLite takes one byte for none
             return False
         if magic != APPLICATION_ID:
             raise DatabaseError(f"{self.path!r} is a database of another program: choose another file")
@@ -1515,7 +1527,7 @@ class SQLiteRunner(SQLRunner):
         self._identity, self._immutable = None, False
         self._inode = self._device = -1
         if connection is not None and moved and sqlite3.sqlite_version_info < (3, 31):
-            _abandoned.append(connection)  # closing it would delete the log of the new file, which has its name
+            _abandon(connection)  # closing it would delete the log of the new file, which has its name
         elif connection is not None:
             connection.close()
 
@@ -1542,6 +1554,11 @@ class SQLiteRunner(SQLRunner):
 
     # -- what the attendant asks, and fork
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is an open connection."""
+        return self._connection is not None
+
     def _look(self) -> object:
         version = self.run(SELECT_DATA_VERSION)[0][0]
         return self._opened, version
@@ -1553,7 +1570,7 @@ class SQLiteRunner(SQLRunner):
     def forget_parent(self) -> None:
         """In a forked child: leave everything to the parent and begin anew."""
         if self._connection is not None:
-            _abandoned.append(self._connection)
+            _abandon(self._connection)
             self._connection = None
         self._lock.forget_parent()
         self.attendant.forget_parent()
@@ -1600,6 +1617,14 @@ def give_back_runner(runner: SQLiteRunner) -> None:
     runner.close()
 
 
+def _before_fork() -> None:
+    if any(runner.connected for runner in list(_runners)):
+        try:
+            import ctypes  # noqa: F401 - for the child, which could hang on a lock of the import system
+        except ImportError:
+            pass
+
+
 def _forget_parent() -> None:
     global _shared_guard
     _shared_guard = threading.Lock()  # the parent's may have been held by a thread that the child lacks
@@ -1608,7 +1633,7 @@ def _forget_parent() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_parent)
+    os.register_at_fork(before=_before_fork, after_in_child=_forget_parent)
 
 
 # ---------------------------------------------------------------------------------------------------
