@@ -82,6 +82,7 @@ MAX_ID = 2**63 - 2**32  # ids stay below this, so far from the end of the intege
 MAX_QUEUE_NAME = 512  # characters
 DEFAULT_LEASE_S = 30.0
 DEFAULT_MAX_ATTEMPTS = 5
+GIVEN_BACK = -1  # attempt of a message whose keeper gave it back
 BACKOFF_S = 0.5  # delay after the first failed attempt; doubles with each further one ...
 MAX_BACKOFF_S = 300.0  # ... up to this
 MAX_BATCH = 1000  # messages in one transaction of a long operation
@@ -131,7 +132,7 @@ class Message(str):
 
     >>> m = Message("hello", 1837025672140161024, "tasks")
     >>> m, m.id, m.time.isoformat()
-    ('hello', 1837025672140161024, '2028-03-18T23:07:52.140161+00:00')
+    ('hello', 1837025672140161024, '2028-03-18T20:54:32.140161+00:00')
     """
 
     __slots__ = ("attempt", "id", "queue")
@@ -221,7 +222,7 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def _seconds(text: str) -> float:
-    if not 0.001 <= float(text) <= 60:  # refuses nan too
+    if not (set(text) <= set("0123456789.") and 0.001 <= float(text) <= 60):
         raise ValueError(text)
     return float(text)
 
@@ -238,15 +239,20 @@ def _one_of(**words: object) -> Callable[[str], Any]:
 
 
 def _relative_file(text: str) -> str:
-    if not text or os.path.isabs(text) or ".." in text.replace("\\", "/").split("/"):
+    if not text or os.path.isabs(text) or ".." in text.replace("\\", "/").split("/") or has_controls(text):
         raise ValueError(text)
     return text
 
 
 def _directory(text: str) -> str | None:
-    if text and not os.path.isabs(text):
+    if text and (not os.path.isabs(text) or has_controls(text)):
         raise ValueError(text)
     return text or None
+
+
+def has_controls(text: str) -> bool:
+    """Are there control characters in it?"""
+    return any(ord(character) < 32 or ord(character) == 127 for character in text)
 
 
 _flag = _one_of(**{"1": True, "TRUE": True, "YES": True, "0": False, "FALSE": False, "NO": False, "": False})
@@ -297,8 +303,10 @@ class Settings:
     def __init__(self, environ: Mapping[str, str] | None = None, **values: object) -> None:
         """Values by keyword; else from the BROKER_* variables in ``environ``; else the defaults."""
         for attribute, variable, default, rule, allowed in _RULES:
-            name, given = attribute, values.pop(attribute, default)
-            if given is default and environ is not None and variable in environ:
+            name, given = attribute, default
+            if attribute in values:
+                given = values.pop(attribute)
+            elif environ is not None and variable in environ:
                 name, given = variable, environ[variable]
             try:
                 object.__setattr__(self, attribute, rule("" if given is None else str(given)))
@@ -315,9 +323,19 @@ class Settings:
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError("Settings are frozen: make new ones")
 
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError("Settings are frozen: make new ones")
+
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles
+        return _settings_from_key, self.key()
+
     def key(self) -> tuple[Any, ...]:
         """All values, for comparing."""
         return tuple(getattr(self, name) for name in self.__slots__)
+
+
+def _settings_from_key(*values: Any) -> Settings:
+    return Settings(**dict(zip(Settings.__slots__, values)))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -391,17 +409,18 @@ RENEW_LEASE = "UPDATE messages SET held_until = ?4 WHERE id = ?1 AND queue = ?2 
 UNLEASE_MESSAGE = """\
 UPDATE messages SET held_until = NULL, attempt = attempt - 1 WHERE id = ?1 AND queue = ?2 AND attempt = ?3"""
 
-# Readers write nothing, so what is due but not promoted yet is read beside what is ready.
+# Readers write nothing, so what is due but not promoted yet is read beside what is ready. The "+" keeps
+# SQLite from finding the few that are due by walking through all ids.
 SELECT_PEEK = """\
 SELECT * FROM (SELECT id, body, attempt FROM messages
     WHERE queue = ?1 AND held_until IS NULL AND id > ?2 AND id < ?3 ORDER BY id LIMIT ?4)
 UNION ALL
 SELECT * FROM (SELECT id, body, attempt FROM messages
-    WHERE held_until <= ?5 AND queue = ?1 AND id > ?2 AND id < ?3 ORDER BY id LIMIT ?4)
+    WHERE held_until <= ?5 AND queue = ?1 AND +id > ?2 AND +id < ?3 ORDER BY +id LIMIT ?4)
 ORDER BY 1 LIMIT ?4"""
 SELECT_PENDING = """\
 SELECT EXISTS (SELECT 1 FROM messages WHERE queue = ?1 AND held_until IS NULL AND id > ?2 AND id < ?3)
-OR EXISTS (SELECT 1 FROM messages WHERE held_until <= ?4 AND queue = ?1 AND id > ?2 AND id < ?3)"""
+OR EXISTS (SELECT 1 FROM messages WHERE held_until <= ?4 AND queue = ?1 AND +id > ?2 AND +id < ?3)"""
 # All messages of a queue, held or not, in the order of the table.
 SELECT_ANY = """\
 SELECT id, body, attempt, held_until FROM messages WHERE queue = ?1 AND id > ?2 AND id < ?3 ORDER BY id LIMIT ?4"""
@@ -512,6 +531,8 @@ def datetime_to_ns(moment: datetime) -> int:
     """An aware datetime as nanoseconds since 1970, exactly (floats would lose the last digits)."""
     from datetime import datetime, timedelta, timezone
 
+    if not isinstance(moment, datetime):
+        raise TypeError(f"a time is an aware datetime or nanoseconds since 1970, not {type(moment).__name__}")
     if moment.tzinfo is None:
         raise ValueError(f"{moment.isoformat()} has no time zone: add tzinfo=timezone.utc or another one")
     return (moment - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(microseconds=1) * 1000
@@ -623,7 +644,7 @@ def _clean_path(path: StrPath) -> str:
     text = os.fspath(path)
     if not isinstance(text, str):
         raise TypeError("a database path is a str or a path of str")
-    if not text or any(ord(character) < 32 or ord(character) == 127 for character in text):
+    if not text or has_controls(text):
         raise UsageError(f"the path {text!r} is empty or has control characters")
     if text == ":memory:":
         raise UsageError("':memory:' is not a file: a queue is shared through one (or pass your own runner)")
@@ -844,6 +865,7 @@ class _BlockedWaiter:
             _lock(self._fd, block=True)
             with self._guard:
                 if self._closed:
+                    _unlock(self._fd)  # a forked child may have a copy of the descriptor
                     os.close(self._fd)
                     return
                 self.idle = True
@@ -1044,6 +1066,7 @@ class Attendant:
         self._clients: set[Alarm | Chore] = set()
         self._thread: threading.Thread | None = None
         self._rung = False  # a commit of this process that no doorbell reported
+        self.stale = False  # this process committed something: when the next message is due may have changed
 
     def forget_parent(self) -> None:
         """In a forked child: the thread and the waiters are the parent's."""
@@ -1097,6 +1120,8 @@ class Attendant:
             if changed:
                 self._wake_all()
                 time.sleep(YIELD_S)
+            if changed or self.stale:
+                self.stale = False
                 seen, due = self._look(), self._next_due()
             pause = self._interval_s if bell.hears else FIRST_POLL_S if changed else min(2 * pause, self._interval_s)
             timeout = min(pause, max(0.0, self._run_chores() - time.monotonic()))
@@ -1181,19 +1206,28 @@ _MEANINGS = (
     ("readonly", "the database cannot be written: make the file and its directory writable"),
     ("unable to open", "the database cannot be opened: check that the directory exists and is accessible"),
 )
-# Connections that must never be closed, not even when the interpreter ends: a parent's after fork, whose
-# closing would roll back, in memory that both share, a transaction of the parent.
+# Connections that must never be closed, not even when the interpreter ends.
 _abandoned: list[sqlite3.Connection] = []
+_unusable: set[str] = set()  # databases that this process cannot open: it was forked during a transaction on them
 
 
 def _abandon(connection: sqlite3.Connection) -> None:
     _abandoned.append(connection)
     try:
-        import ctypes  # no delay: _before_fork() imported it
+        import ctypes  # no delay: before_fork() imported it
 
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))  # a reference that nobody gives back
     except (ImportError, AttributeError):  # PyPy closes nothing when it ends
         pass
+
+
+def file_identity(path: str) -> tuple[int, int] | None:
+    """Device and inode of the file that a path names; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 class SQLiteRunner(SQLRunner):
@@ -1224,12 +1258,15 @@ class SQLiteRunner(SQLRunner):
         self._mutex = threading.RLock()
         self._identity: tuple[int, ...] | None = None  # of the file that the connection has open
         self._inode = self._device = -1  # the same, where comparing these two is enough
-        self._immutable = False
+        self._limited = self._immutable = False  # opened for reading only; past SQLite's locking
+        self._log: tuple[int, int] | None = None  # the inode of the write-ahead log
         self._opened = 0  # counts the connections, so that a look tells them apart
         self._depth = 0
         self._owner = 0  # the thread that is in a transaction; 0: none. May be read without the mutex.
         self._ring = False  # the transaction has made something deliverable
         self._relaxed = False  # the transaction is not synced
+        self._waited = False  # busy_timeout is shortened
+        self._paused = False  # a fork is going on in the thread that holds the mutex
 
     # -- the five methods
 
@@ -1247,6 +1284,7 @@ class SQLiteRunner(SQLRunner):
             self._lock_file(deadline)
             try:
                 rows = self._execute(sql, params)
+                self.attendant.stale = True
                 if sql in RINGING:
                     self._lock.ring()
                     self.attendant.ring()
@@ -1271,7 +1309,7 @@ class SQLiteRunner(SQLRunner):
                     self._relaxed = not durable and self.settings.sync_mode == "FULL"
                     if self._relaxed:
                         self._execute("PRAGMA synchronous = NORMAL")
-                    self._begin(deadline)
+                    self._execute("BEGIN IMMEDIATE")
                 except BaseException:
                     self._restore_sync()
                     self._lock.release()
@@ -1289,6 +1327,7 @@ class SQLiteRunner(SQLRunner):
             self._execute("RELEASE nested")
         else:
             self._execute("COMMIT")
+            self.attendant.stale = True
             if self._ring:
                 self._lock.ring()
                 self.attendant.ring()
@@ -1349,21 +1388,14 @@ class SQLiteRunner(SQLRunner):
         self._lock.acquire(deadline)
         try:
             self._use_current_file(deadline)
+            left_ms = max(0, int((deadline - time.monotonic()) * 1000))
+            waited = left_ms < self.settings.busy_timeout_ms - 50
+            if waited or self._waited:  # SQLite's own waiting gets what is left
+                self._execute(f"PRAGMA busy_timeout = {left_ms if waited else self.settings.busy_timeout_ms}")
+                self._waited = waited
         except BaseException:
             self._lock.release()
             raise
-
-    def _begin(self, deadline: float) -> None:
-        """BEGIN IMMEDIATE, with what is left of the deadline for writers that do not take the lock."""
-        left_ms = int((deadline - time.monotonic()) * 1000)
-        if left_ms > self.settings.busy_timeout_ms * 3 // 4:
-            self._execute("BEGIN IMMEDIATE")
-            return
-        try:
-            self._execute(f"PRAGMA busy_timeout = {max(0, left_ms)}")
-            self._execute("BEGIN IMMEDIATE")
-        finally:
-            self._execute(f"PRAGMA busy_timeout = {self.settings.busy_timeout_ms}")
 
     def _execute(self, sql: str, params: Sequence[Any] = ()) -> list[Any]:
         try:
@@ -1397,18 +1429,19 @@ class SQLiteRunner(SQLRunner):
         except OSError:  # which _identify() looks at again
             pass
         identity = self._identify()
-        if self._connection is not None and identity == self._identity and (deadline is None or identity is not None):
+        usable = deadline is None or (identity is not None and not self._limited)
+        if self._connection is not None and identity == self._identity and usable:
             return
         if deadline is not None:
             self._lock.acquire(deadline, check=True)  # who replaced the file may have replaced the lock too
             identity = self._identify()
-        self._disconnect(moved=self._identity not in (None, identity))
+        self._disconnect(moved=self._identity is not None and self._identity != identity)
         self._opened += 1
         try:
             if identity is None and deadline is None:
                 self._connect_to_nothing()
             else:
-                self._connect(writing=deadline is not None)
+                self._connect(deadline)
         except BaseException:
             self._disconnect()
             raise
@@ -1431,28 +1464,36 @@ class SQLiteRunner(SQLRunner):
         for statement in SCHEMA:
             self._execute(statement)
 
-    def _connect(self, writing: bool) -> None:
-        if writing:
+    def _connect(self, deadline: float | None) -> None:
+        if self.path in _unusable:
+            raise OperationalError(
+                f"this process was forked during a transaction on {self.path!r}, and SQLite does not survive that:"
+                " fork between transactions, or start processes with spawn or exec"
+            )
+        if deadline is not None:
             self._make_file()
         try:
             self._open("mode=rw")
             ours = self._check()
-        except OperationalError:
-            # A read-only directory: SQLite can read there if the log's files exist, or if nobody writes.
-            if writing or os.access(os.path.dirname(self.path), os.W_OK):
+        except OperationalError as error:
+            if os.access(os.path.dirname(self.path), os.W_OK):
                 raise
+            if deadline is not None:
+                raise self._translated(sqlite3.OperationalError("readonly directory")) from error
+            # A read-only directory: SQLite can read there if the log's files exist, or if nobody writes.
             self._disconnect()
-            self._immutable = not os.path.exists(self.path + "-wal")
+            self._limited, self._immutable = True, not os.path.exists(self.path + "-wal")
             self._open("immutable=1" if self._immutable else "mode=ro")
             ours = self._check()
-        if not ours and not writing:  # someone is just making it
+        if not ours and deadline is None:  # someone is just making it
             self._disconnect()
             self._connect_to_nothing()
             return
-        if not ours:
-            self._make_schema()
+        if not ours and deadline is not None:
+            self._make_schema(deadline)
         self._identity = self._identify()
-        if self._identity is not None and not self._immutable:
+        self._log = file_identity(self.path + "-wal")
+        if self._identity is not None and not self._limited:
             self._device, self._inode = self._identity
 
     def _open(self, mode: str) -> None:
@@ -1473,24 +1514,30 @@ class SQLiteRunner(SQLRunner):
 
     def _check(self) -> bool:
         """True: a SimpleBroker database. False: an empty file. DatabaseError: anything else. Only reads."""
-        magic = self._execute("PRAGMA application_id")[0][0]
-        objects = self._execute(SELECT_OBJECTS)
+        if os.path.isdir(self.path):
+            raise OperationalError(f"{self.path!r} is a directory: give a file")
+        self._execute("BEGIN")  # one state of the file, though others may just be making it
+        try:
+            magic = self._execute("PRAGMA application_id")[0][0]
+            objects = self._execute(SELECT_OBJECTS)
+            version = self._execute(SELECT_VERSION) if any(row[:2] == ("table", "meta") for row in objects) else []
+        finally:
+            if self._connection is not None and self._connection.in_transaction:
+                self._execute("COMMIT")
         if magic == 0 and not objects and os.path.getsize(self.path) != 1:  # SQLite takes one byte for none
             return False
         if magic != APPLICATION_ID:
             raise DatabaseError(f"{self.path!r} is a database of another program: choose another file")
-        found = {name: sql for _, name, _, sql in objects}
-        version = self._execute(SELECT_VERSION) if "meta" in found else []
         if version and version[0][0] != SCHEMA_VERSION:
             raise DatabaseError(
                 f"{self.path!r} has schema version {version[0][0]}, this program knows {SCHEMA_VERSION}: use the"
                 " version of SimpleBroker that made it"
             )
+        # Tables of others may be in the file (a transactional outbox), but nothing of theirs on ours.
         expected = {sql.split()[5]: sql.replace("IF NOT EXISTS ", "") for sql in SCHEMA[:-1]}
-        triggers = [name for kind, name, table, _ in objects if kind == "trigger" and table in expected]
-        wrong = [name for name, sql in expected.items() if found.get(name) != sql] + triggers
-        if wrong or not version:
-            names = ", ".join(wrong) or "meta is empty"
+        found = {name: sql for _, name, table, sql in objects if name in expected or table in expected}
+        if found != expected or not version:
+            names = ", ".join(sorted(dict(found.items() ^ expected.items()))) or "meta is empty"
             raise DatabaseError(f"{self.path!r} was altered ({names}): restore a backup or choose another file")
         return True
 
@@ -1504,13 +1551,17 @@ class SQLiteRunner(SQLRunner):
             raise OperationalError(f"cannot create {self.path!r}: {error.strerror}") from error
         if hasattr(os, "fchmod"):
             os.fchmod(fd, 0o600)  # also under a umask that takes bits away from the owner
-        os.close(fd)
-        for suffix in ("-wal", "-shm", "-journal"):  # left by a deleted database: they would poison this one
-            if os.path.exists(self.path + suffix):
-                os.unlink(self.path + suffix)
+        os.close(fd)  # the log of a deleted database that had this name is removed by SQLite, as this file is empty
 
-    def _make_schema(self) -> None:
-        self._execute("PRAGMA journal_mode = WAL")
+    def _make_schema(self, deadline: float) -> None:
+        while True:
+            try:
+                self._execute("PRAGMA journal_mode = WAL")
+                break
+            except OperationalError:  # where there are no file locks, and for this SQLite does not wait
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(LOCK_PAUSE_S)
         self._execute("BEGIN IMMEDIATE")
         try:
             for statement in SCHEMA:
@@ -1523,13 +1574,19 @@ class SQLiteRunner(SQLRunner):
             raise
 
     def _disconnect(self, *, moved: bool = False) -> None:
+        """Close the connection. ``moved``: its file was deleted or replaced."""
         connection, self._connection = self._connection, None
-        self._identity, self._immutable = None, False
+        log, self._log, self._identity = self._log, None, None
+        self._limited = self._immutable = False
         self._inode = self._device = -1
         if connection is not None and moved and sqlite3.sqlite_version_info < (3, 31):
             _abandon(connection)  # closing it would delete the log of the new file, which has its name
         elif connection is not None:
             connection.close()
+        if moved and log is not None and log == file_identity(self.path + "-wal"):
+            for suffix in ("-wal", "-shm"):  # the old file's: SQLite would apply them to the new one
+                if os.path.exists(self.path + suffix):
+                    os.unlink(self.path + suffix)
 
     def delete_file(self) -> bool:
         """Delete the database, if it is one of ours, with all that belongs to it. False if there is none."""
@@ -1545,7 +1602,10 @@ class SQLiteRunner(SQLRunner):
                     os.unlink(self.path + suffix)
             self._lock.delete()
             return True
+        except OSError as error:
+            raise OperationalError(f"cannot delete {self.path!r}: {error.strerror}") from error
         finally:
+            self._lock.release()
             self._mutex.release()
 
     def snapshot(self) -> _Snapshot:
@@ -1553,11 +1613,6 @@ class SQLiteRunner(SQLRunner):
         return _Snapshot(self.path, self.settings)
 
     # -- what the attendant asks, and fork
-
-    @property
-    def connected(self) -> bool:
-        """Whether there is an open connection."""
-        return self._connection is not None
 
     def _look(self) -> object:
         version = self.run(SELECT_DATA_VERSION)[0][0]
@@ -1567,10 +1622,28 @@ class SQLiteRunner(SQLRunner):
         due: int | None = self.run(SELECT_NEXT_DUE, (now_ns,))[0][0]
         return due
 
+    def before_fork(self) -> None:
+        """Close the connection and keep out other threads: SQLite's bookkeeping of locks is per process, and a
+        child that inherits it would read and write without locks. Impossible during a transaction."""
+        self._paused = self._owner != threading.get_ident() and self._mutex.acquire(timeout=self._timeout_s)
+        if self._paused and not self._owner:
+            self._disconnect()
+        elif self._connection is not None:
+            try:
+                import ctypes  # noqa: F401 - for the child, which could hang on a lock of the import system
+            except ImportError:
+                pass
+
+    def after_fork(self) -> None:
+        """In the parent: go on."""
+        if self._paused:
+            self._mutex.release()
+
     def forget_parent(self) -> None:
-        """In a forked child: leave everything to the parent and begin anew."""
+        """In the child: leave everything to the parent and begin anew."""
         if self._connection is not None:
-            _abandon(self._connection)
+            _abandon(self._connection)  # closing would roll back, in memory that both share, the parent's transaction
+            _unusable.add(self.path)
             self._connection = None
         self._lock.forget_parent()
         self.attendant.forget_parent()
@@ -1617,23 +1690,26 @@ def give_back_runner(runner: SQLiteRunner) -> None:
     runner.close()
 
 
-def _before_fork() -> None:
-    if any(runner.connected for runner in list(_runners)):
-        try:
-            import ctypes  # noqa: F401 - for the child, which could hang on a lock of the import system
-        except ImportError:
-            pass
+def _each_runner(act: Callable[[SQLiteRunner], None]) -> Callable[[], None]:
+    def hook() -> None:
+        for runner in list(_runners):
+            act(runner)
+
+    return hook
 
 
 def _forget_parent() -> None:
     global _shared_guard
     _shared_guard = threading.Lock()  # the parent's may have been held by a thread that the child lacks
-    for runner in list(_runners):
-        runner.forget_parent()
+    _each_runner(SQLiteRunner.forget_parent)()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_child=_forget_parent)
+    os.register_at_fork(
+        before=_each_runner(SQLiteRunner.before_fork),
+        after_in_parent=_each_runner(SQLiteRunner.after_fork),
+        after_in_child=_forget_parent,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1841,6 +1917,7 @@ class Broker:
     def delete_database(self) -> bool:
         """Delete the database file and what belongs to it. False if there is none; DatabaseError if it is
         not one of ours. Other processes that use it notice, and begin a new one with their next write."""
+        self.transaction()  # says so if it is closed
         if not isinstance(self.runner, SQLiteRunner):
             raise ValueError("a custom runner's database is not ours to delete")
         return self.runner.delete_file()
@@ -1853,6 +1930,7 @@ class Broker:
         """
         import json
 
+        self.transaction()  # says so if it is closed
         with self.runner.snapshot() if isinstance(self.runner, SQLiteRunner) else self.transaction() as run:
             last = run(SELECT_LAST_ID, fetch=True)[0][0]
             header = {"type": "header", "format": DUMP_FORMAT, "version": DUMP_VERSION, "last_ts": str(last)}
@@ -1860,7 +1938,8 @@ class Broker:
             for queue, _, leased, delayed in run(SELECT_QUEUES, (0,), fetch=True):
                 for row in _dump_rows(run, queue, bool(leased or delayed)) if matches(queue, pattern) else ():
                     record = {"type": "message", "queue": queue, "body": row[1], "id": str(row[0])}
-                    record.update((key, value) for key, value in zip(("attempt", "held_until"), row[2:]) if value)
+                    more = zip(("attempt", "held_until"), (row[2] or None, *row[3:]))
+                    record.update((key, value) for key, value in more if value is not None)
                     yield json.dumps(record, ensure_ascii=False)
 
     def load(self, lines: Iterable[str | bytes]) -> int:
@@ -1882,7 +1961,7 @@ class Broker:
                         count += 1
                 except sqlite3.IntegrityError:
                     raise IntegrityError(f"line {number}: a message with this id exists already") from None
-                except (ValueError, TypeError) as error:
+                except (ValueError, TypeError, RecursionError) as error:
                     raise UsageError(f"line {number}: {error}") from error
             if last is None:
                 raise UsageError("there is nothing to load, not even the header of a dump")
@@ -2068,7 +2147,11 @@ class Queue:
             batch = keeper.take(None, low, high)
             while batch:
                 for message in batch:
-                    yield message
+                    try:
+                        yield message
+                    except BaseException:  # the loop was left: this message was seen, the rest of the batch not
+                        keeper.release(message)
+                        raise
                     keeper.acknowledge(message)
                 batch = keeper.take(None, low, high)
 
@@ -2289,6 +2372,8 @@ class Queue:
         """LeaseLost unless the message is where its holder left it. True if its id is the highest of all."""
         if not isinstance(message, Message):
             raise TypeError(f"give the Message that lease() returned, not {type(message).__name__}")
+        if message.attempt == GIVEN_BACK:
+            raise LeaseLost(f"message {message.id} was given back")
         if message.attempt < 1:
             raise ValueError(f"message {message.id} was not leased: use lease(), not read() or peek()")
         found = run(SELECT_MESSAGE, (message.id, self.name), fetch=True)
@@ -2380,6 +2465,14 @@ class LeaseKeeper(Chore):
                 except LeaseLost as error:
                     log_warning("queue %s: handled, but %s", self._queue.name, error)
 
+    def release(self, message: Message, *, delay: float | None = None) -> None:
+        """Give one back, as Queue.release(); a lost lease is logged."""
+        self.settle(message)
+        try:
+            self._queue.release(message, delay=delay)
+        except LeaseLost as error:
+            log_warning("queue %s: %s", self._queue.name, error)
+
     def give_back(self) -> None:
         """Give back what was taken and not settled, at once, as if it had not been leased."""
         with self._guard:
@@ -2388,6 +2481,7 @@ class LeaseKeeper(Chore):
             with self._queue.broker.relaxed_transaction() as run:
                 for message in left.values():
                     run(UNLEASE_MESSAGE, (message.id, message.queue, message.attempt))
+                    message.attempt = GIVEN_BACK  # the number is given out again: nobody may come with it twice
 
     def forget(self) -> None:
         """Let the leases end by themselves."""
@@ -2602,16 +2696,15 @@ class QueueWatcher:
     def _attempt(self, message: Message) -> None:
         """Handle a leased message and settle it."""
         if message.attempt > self._max_attempts:  # it killed its consumers before they could say so
-            self._settle(message, self.queue.dead_letter, dest=self._dead_letter)
+            self._move(message, self._dead_letter)
             return
         verdict = self._call(message)
         if verdict:
             self._finish(message)
         elif verdict is None and message.attempt >= self._max_attempts:
-            self._settle(message, self.queue.dead_letter, dest=self._dead_letter)
+            self._move(message, self._dead_letter)
         else:
-            delay = backoff_s(self._backoff, message.attempt) if verdict is None else None
-            self._settle(message, self.queue.release, delay=delay)
+            self._keeper.release(message, delay=backoff_s(self._backoff, message.attempt) if verdict is None else None)
 
     def _call(self, message: Message) -> bool | None:
         """Call the handler. True: done. None: it failed, try again. False: it failed, and the watcher stops."""
@@ -2631,12 +2724,12 @@ class QueueWatcher:
         """The handler is done with a leased message."""
         self._keeper.acknowledge(message)
 
-    def _settle(self, message: Message, action: Callable[..., None], **how: Any) -> None:
-        if action == self.queue.dead_letter and how["dest"] == self._dead_letter:
-            log_warning("queue %s: message %d moves to %s", message.queue, message.id, self._dead_letter)
+    def _move(self, message: Message, dest: str) -> None:
+        if dest == self._dead_letter:
+            log_warning("queue %s: message %d moves to %s", message.queue, message.id, dest)
         self._keeper.settle(message)
         try:
-            action(message, **how)
+            self.queue.dead_letter(message, dest)
         except LeaseLost as error:
             log_warning("queue %s: %s", message.queue, error)
 
@@ -2671,7 +2764,7 @@ class QueueMoveWatcher(QueueWatcher):
         return bool(self.queue.move_many(self._dest, self._batch_size or MAX_BATCH, after=self.position))
 
     def _finish(self, message: Message) -> None:
-        self._settle(message, self.queue.dead_letter, dest=self._dest)
+        self._move(message, self._dest)
 
 
 def backoff_s(base_s: float, attempt: int) -> float:
@@ -2797,11 +2890,15 @@ class Progress:
 
 
 class Options:
-    """What the command line said. What it did not say is None."""
+    """What the command line said. What it did not say is None, unless it is named here."""
 
     run: Callable[[Options], int | None]
     operands: list[str]
     command = ""
+    lease_s = DEFAULT_LEASE_S
+    max_attempts = DEFAULT_MAX_ATTEMPTS
+    backoff = BACKOFF_S
+    jobs = 1
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # argparse asks for private names of its own
@@ -2870,14 +2967,15 @@ def run_write(options: Options) -> int | None:
         raise UsageError("--lines reads standard input: give no message")
     if options.lines:
         return write_lines(queue, options)
+    outlet = Outlet() if options.json or options.stamps else None
     text = message_text((*options.operands, "-")[1], queue.broker.settings)
-    print_ids(options, [queue.write(text, delay=options.delay)], Outlet())
+    print_ids(options, [queue.write(text, delay=options.delay)], outlet)
     return DONE
 
 
-def print_ids(options: Options, ids: list[int], outlet: Outlet) -> None:
+def print_ids(options: Options, ids: list[int], outlet: Outlet | None) -> None:
     """The ids of written messages, if they were asked for."""
-    if options.json or options.stamps:
+    if outlet is not None:
         shape = '{{"timestamp": "{}"}}\n' if options.json else "{}\n"
         outlet.write("".join(map(shape.format, ids)).encode())
         outlet.flush()
@@ -2886,7 +2984,8 @@ def print_ids(options: Options, ids: list[int], outlet: Outlet) -> None:
 def write_lines(queue: Queue, options: Options) -> int | None:
     """Each line of standard input is a message. What has arrived is written in one transaction."""
     limit = queue.broker.settings.max_message_size
-    outlet, progress = Outlet(), Progress("messages written", options)
+    outlet = Outlet() if options.json or options.stamps else None
+    progress = Progress("messages written", options)
     count, rest, ended = 0, b"", False
     while not ended:
         chunk = os.read(read_stdin().fileno(), BATCH_BYTES)
@@ -2918,12 +3017,15 @@ def run_read(options: Options) -> int | None:
             batch = keeper.take(limit and min(limit - count, MAX_BATCH), low, high)
             if not batch:
                 break
-            hand_over(keeper, batch, outlet, options)
             count += len(batch)
+            last = outlet.exact and (count == limit or not queue.has_pending(after=low, before=high))
+            hand_over(keeper, batch, outlet, options, batch[-1] if last else None)
     return DONE if count else NOTHING
 
 
-def hand_over(keeper: LeaseKeeper, batch: list[Message], outlet: Outlet, options: Options) -> None:
+def hand_over(
+    keeper: LeaseKeeper, batch: list[Message], outlet: Outlet, options: Options, last: Message | None
+) -> None:
     """Print leased messages, then acknowledge those that arrived. If the pipe closes, the others go back."""
     arrived = 0
     try:
@@ -2933,7 +3035,7 @@ def hand_over(keeper: LeaseKeeper, batch: list[Message], outlet: Outlet, options
                 outlet.flush()
                 if not outlet.wait_until_read(FAST_BATCH_S):
                     keeper.keep_alive()
-                    outlet.wait_until_read(outlet.LAST_WAIT_S if message is batch[-1] else None)
+                    outlet.wait_until_read(outlet.LAST_WAIT_S if message is last else None)
                 arrived += 1
         outlet.flush()
         arrived = len(batch)
@@ -2980,7 +3082,7 @@ def run_move(options: Options) -> int | None:
 def run_lease(options: Options) -> int | None:
     queue, outlet = options.queue(), Outlet()
     low, high = options.range()
-    message = queue.lease(options.lease_s or DEFAULT_LEASE_S, after=low, before=high)
+    message = queue.lease(options.lease_s, after=low, before=high)
     if message is None:
         return NOTHING
     line = json_line(message, attempt=message.attempt, lease=f"{message.id}.{message.attempt}")
@@ -3103,7 +3205,7 @@ class Job:
 
     def __init__(self, command: list[str], options: Options) -> None:
         self._command, self._options = command, options
-        self._pass_through = not options.jobs or options.jobs == 1
+        self._pass_through = options.jobs == 1
         # Guards the three below; held while a process is started, so that end() misses none.
         self._guard = threading.Lock()
         self._running: set[Any] = set()
@@ -3133,7 +3235,7 @@ class Job:
         """The error handler: give back at once when we stop, else with a delay."""
         if self._ending or self.failure is not None:
             return False
-        print(f"broker: message {timestamp}, attempt {message.attempt}: {error}", file=sys.stderr, flush=True)
+        complain(f"message {timestamp}, attempt {message.attempt}: {error}")
         return None
 
     def _start(self, message: Message) -> Any:
@@ -3212,11 +3314,11 @@ def run_work(options: Options) -> int | None:
     if shutil.which(command[0]) is None:
         raise OperationalError(f"cannot start {command[0]!r}: no such command; nothing was taken from {name!r}")
     broker, job, workers, signals = options.broker(), Job(command, options), [], []
-    for _ in range(options.jobs or 1):
+    for _ in range(options.jobs):
         worker = DrainableWatcher(
-            broker.queue(name), job, lease=options.lease_s or DEFAULT_LEASE_S, dead_letter=options.dead_letter,
-            max_attempts=options.max_attempts or DEFAULT_MAX_ATTEMPTS, error_handler=job.failed, batch_size=1,
-            backoff=BACKOFF_S if options.backoff is None else options.backoff,
+            broker.queue(name), job, lease=options.lease_s, dead_letter=options.dead_letter,
+            max_attempts=options.max_attempts, error_handler=job.failed, batch_size=1,
+            backoff=options.backoff,
         )  # fmt: skip
         worker.drain = bool(options.drain)
         workers.append(worker)
@@ -3244,12 +3346,14 @@ def run_status(options: Options) -> int | None:
     status = {"database": broker.path, **broker.status()}
     if not os.path.exists(broker.path):
         return missing(broker.path)
+    text = "\n".join(f"{name}: {value}" for name, value in status.items())
     if options.json:
         import json
 
-        print(json.dumps({**status, "last_ts": str(status["last_ts"])}, ensure_ascii=False))
-    else:
-        print("\n".join(f"{name}: {value}" for name, value in status.items()))
+        text = json.dumps({**status, "last_ts": str(status["last_ts"])}, ensure_ascii=False)
+    outlet = Outlet()
+    outlet.write(text.encode(errors="surrogateescape") + b"\n")
+    outlet.flush()
     return DONE
 
 
@@ -3269,8 +3373,14 @@ def run_cleanup(options: Options) -> int | None:
 
 
 def missing(path: str) -> int:
-    print(f"broker: no database at {path!r}", file=sys.stderr)
+    complain(f"no database at {path!r}")
     return NOTHING
+
+
+def complain(text: str) -> None:
+    """One line on standard error, if that is open."""
+    if sys.stderr is not None:
+        print("broker:", " ".join(text.split()), file=sys.stderr, flush=True)
 
 
 def _flag_option(*flags: str, **more: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -3329,7 +3439,7 @@ COMMANDS: dict[str, tuple[Callable[[Options], int | None], str, str, str]] = {
     "ack": (lambda o: o.queue().ack(o.lease()), "QUEUE LEASE", "", "acknowledge: remove a leased message"),
     "release": (lambda o: o.queue().release(o.lease(), delay=o.delay), "QUEUE LEASE", "delay", "give a message back"),
     "extend": (
-        lambda o: o.queue().extend(o.lease(), o.lease_s or DEFAULT_LEASE_S), "QUEUE LEASE", "for", "let a lease last"
+        lambda o: o.queue().extend(o.lease(), o.lease_s), "QUEUE LEASE", "for", "let a lease last"
     ),
     "work": (
         run_work, "QUEUE -- CMD [ARG...]", "jobs lease max_attempts dead_letter backoff drain",
@@ -3445,31 +3555,37 @@ BROKER_BUSY_TIMEOUT, BROKER_SYNC_MODE and other settings: see README.md."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 done, 1 error, 2 nothing there."""
     try:
-        try:
-            options = parse_arguments(sys.argv[1:] if argv is None else list(argv))
-            status = options.run(options)
-            if sys.stdout is not None:
-                sys.stdout.flush()
-            return status or DONE
-        finally:
-            if Progress.shown:
-                print(file=sys.stderr)
-            for runner, _ in list(_shared.values()):
-                runner.close()
+        status = run_command(sys.argv[1:] if argv is None else list(argv))
     except BrokenPipeError:
         status = DONE
     except (BrokerError, ValueError, OSError) as error:
-        if sys.stderr is not None:
-            print("broker: error:", " ".join(str(error).split()), file=sys.stderr)
+        complain(f"error: {error}")
         status = ERROR
     except KeyboardInterrupt:
         status = 128 + 2  # as shells report SIGINT
+    except SystemExit:  # argparse, after --help
+        status = DONE
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except OSError:  # what is left cannot be written: keep the interpreter from complaining about it
+    except OSError as error:  # what is left cannot be written: keep the interpreter from complaining about it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError) and status == DONE:
+            complain(f"error: {error}")
+            status = ERROR
     return status
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Parse, run, close."""
+    try:
+        options = parse_arguments(argv)
+        return options.run(options) or DONE
+    finally:
+        if Progress.shown:
+            print(file=sys.stderr)
+        for runner, _ in list(_shared.values()):
+            runner.close()
 
 
 # One file, and still ``from simplebroker.ext import SQLRunner`` works, also where the file is vendored
