@@ -1470,6 +1470,8 @@ class SQLiteRunner(SQLRunner):
                 f"this process was forked during a transaction on {self.path!r}, and SQLite does not survive that:"
                 " fork between transactions, or start processes with spawn or exec"
             )
+        if os.path.isdir(self.path):
+            raise OperationalError(f"{self.path!r} is a directory: give a file")
         if deadline is not None:
             self._make_file()
         try:
@@ -1514,8 +1516,6 @@ class SQLiteRunner(SQLRunner):
 
     def _check(self) -> bool:
         """True: a SimpleBroker database. False: an empty file. DatabaseError: anything else. Only reads."""
-        if os.path.isdir(self.path):
-            raise OperationalError(f"{self.path!r} is a directory: give a file")
         self._execute("BEGIN")  # one state of the file, though others may just be making it
         try:
             magic = self._execute("PRAGMA application_id")[0][0]
@@ -1935,7 +1935,7 @@ class Broker:
             last = run(SELECT_LAST_ID, fetch=True)[0][0]
             header = {"type": "header", "format": DUMP_FORMAT, "version": DUMP_VERSION, "last_ts": str(last)}
             yield json.dumps(header)
-            for queue, _, leased, delayed in run(SELECT_QUEUES, (0,), fetch=True):
+            for queue, _, leased, delayed in run(SELECT_QUEUES, (-1,), fetch=True):
                 for row in _dump_rows(run, queue, bool(leased or delayed)) if matches(queue, pattern) else ():
                     record = {"type": "message", "queue": queue, "body": row[1], "id": str(row[0])}
                     more = zip(("attempt", "held_until"), (row[2] or None, *row[3:]))
@@ -3264,11 +3264,12 @@ class Job:
 
         def pump(source: Any, target: Any) -> None:
             for line in source:
-                with self._print_guard:
-                    target.write(line if line.endswith(b"\n") else line + b"\n")
-                    target.flush()
+                if target is not None:  # else it is closed, and the command must not block
+                    with self._print_guard:
+                        target.buffer.write(line if line.endswith(b"\n") else line + b"\n")
+                        target.flush()
 
-        pairs = ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer))
+        pairs = ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
         pumps = [threading.Thread(target=pump, args=pair, daemon=True) for pair in pairs]
         for thread in pumps:
             thread.start()
