@@ -695,6 +695,15 @@ def _windows_lock(fd: int, mode: str) -> None:
     msvcrt.locking(fd, getattr(msvcrt, mode), 1)  # type: ignore[attr-defined]
 
 
+def file_identity(path: str) -> tuple[int, int] | None:
+    """Device and inode of the file that a path names; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 class WriterLock:
     """The advisory lock on DATABASE.lock: one holder among all processes. Not for two threads at once.
 
@@ -943,8 +952,11 @@ class _Inotify:
         if self._watch < 0:
             raise OSError("inotify_add_watch failed")
 
-    def drain(self) -> None:
-        os.read(self.fd, 65536)
+    def drain(self) -> bool:
+        """Forget the events; False if the file is gone, and with it the watch."""
+        events = os.read(self.fd, 65536)
+        masks = (int.from_bytes(events[at + 4 : at + 8], sys.byteorder) for at in range(0, len(events), 16))
+        return not any(mask & 0x8000 for mask in masks)  # IN_IGNORED
 
     def close(self) -> None:
         os.close(self.fd)
@@ -968,8 +980,9 @@ class _Kqueue:
         if old >= 0:
             os.close(old)
 
-    def drain(self) -> None:
+    def drain(self) -> bool:
         self._queue.control(None, 16, 0)
+        return True
 
     def close(self) -> None:
         self._queue.close()
@@ -985,34 +998,39 @@ class _Doorbell:
         self._path = path
         self._identity: tuple[int, int] | None = None
         self._source: Any = None
+        self._pipe: tuple[int, int]
+        self._interrupted = threading.Semaphore(0)
         try:
             import select
 
             self._source = None if path is None else _Inotify() if sys.platform == "linux" else _Kqueue()
-            self._poll = select.poll()
-        except (ImportError, AttributeError, OSError):  # no such call here, or no inotify instance is left
-            pass
-        if self._source is None:
-            self._interrupted = threading.Semaphore(0)
-            return
-        self._pipe = os.pipe()  # interrupt() writes here
-        for fd in self._pipe:
-            os.set_blocking(fd, False)
-        self._poll.register(self._source.fd, select.POLLIN)
-        self._poll.register(self._pipe[0], select.POLLIN)
+            if self._source is not None:
+                self._poll = select.poll()
+                self._pipe = os.pipe()  # interrupt() writes here
+        except (ImportError, AttributeError, OSError):  # no such call here, or no descriptors are left
+            if self._source is not None:
+                self._source.close()
+                self._source = None
+        if self._source is not None:
+            for fd in self._pipe:
+                os.set_blocking(fd, False)
+            self._poll.register(self._source.fd, select.POLLIN)
+            self._poll.register(self._pipe[0], select.POLLIN)
 
-    def attach(self) -> None:
-        """Follow the path to the file that it names now."""
+    def attach(self) -> bool:
+        """Follow the path to the file that it names now. True if it is another one: rings may have been missed."""
         if self._source is None or self._path is None:
-            return
+            return False
+        found = file_identity(self._path)
+        if found == self._identity:
+            return False
         try:
-            found = os.stat(self._path)
-            if (found.st_dev, found.st_ino) != self._identity:
+            if found is not None:
                 self._source.follow(self._path)
-                self._identity = found.st_dev, found.st_ino
-        except OSError:  # not there yet, or out of watches
-            self._identity = None
-        self.hears = self._identity is not None
+        except OSError:  # gone again, or out of watches
+            found = None
+        self._identity, self.hears = found, found is not None
+        return True
 
     def wait(self, timeout: float) -> bool:
         """Sleep until someone rings (True), until interrupt(), or for timeout seconds."""
@@ -1022,8 +1040,8 @@ class _Doorbell:
         ready = [fd for fd, _ in self._poll.poll(timeout * 1000)]
         if self._pipe[0] in ready:
             os.read(self._pipe[0], 4096)
-        if self._source.fd in ready:
-            self._source.drain()
+        if self._source.fd in ready and not self._source.drain():
+            self._identity, self.hears = None, False
         return self._source.fd in ready
 
     def interrupt(self) -> None:
@@ -1048,13 +1066,13 @@ class Attendant:
     """The one thread that waits for a whole process. It runs while it has alarms or chores; its doorbell
     stays until close(), because the kernel takes 10 ms to close an inotify instance.
 
-    ``look()`` returns a value that changes with commits of others; an ever new one where that cannot be
-    told. ``next_due(now_ns)`` returns when the first message held after now becomes due, or None.
+    ``look()`` returns a value that changes with commits of others. ``next_due(now_ns)`` returns when the first
+    message held after now becomes due, or None. Without them it wakes everyone from time to time.
     """
 
     def __init__(
-        self, interval_s: float, bell_path: str | None, look: Callable[[], object],
-        next_due: Callable[[int], int | None], clock: Callable[[], int] = time.time_ns,
+        self, interval_s: float, bell_path: str | None = None, look: Callable[[], object] | None = None,
+        next_due: Callable[[int], int | None] | None = None, clock: Callable[[], int] = time.time_ns,
     ) -> None:  # fmt: skip
         self._interval_s, self._bell_path, self._clock = interval_s, bell_path, clock
         self._ask_look, self._ask_due = look, next_due
@@ -1089,7 +1107,7 @@ class Attendant:
             if self._thread is None:
                 self._bell.attach()
                 # What is true now is taken before the client looks, so that it misses no change.
-                args = (self._bell, self._look(), self._next_due())
+                args = (self._bell, self._look(), self._next_due(self._clock()))
                 self._thread = threading.Thread(target=self._serve, args=args, name="simplebroker-wait", daemon=True)
                 self._thread.start()
             elif isinstance(client, Chore):
@@ -1099,12 +1117,12 @@ class Attendant:
         """Serve it no longer. With the last client the thread ends, before this returns."""
         with self._guard:
             self._clients.discard(client)
-            if self._clients or self._bell is None or self._thread is None:
+            thread = self._thread
+            if self._clients or self._bell is None or thread is None:
                 return
-            thread, self._thread = self._thread, None
             self._bell.interrupt()
-        if thread is not threading.current_thread():
-            thread.join()
+        while self._thread is thread and not self._clients and thread is not threading.current_thread():
+            thread.join(FIRST_POLL_S)  # it ends, or a new client keeps it
 
     def ring(self) -> None:
         """A commit of this process may have made a message deliverable."""
@@ -1114,22 +1132,32 @@ class Attendant:
             bell.interrupt()
 
     def _serve(self, bell: _Doorbell, seen: object, due: int | None) -> None:
-        pause, changed = FIRST_POLL_S, False
-        while self._thread is threading.current_thread():
-            bell.attach()
-            if changed:
+        pause, news = FIRST_POLL_S, False
+        while self._has_clients():
+            now = self._clock()
+            news = bell.attach() or news or (due is not None and now >= due)
+            if news or self._ask_look is None:
+                seen = self._look()  # before waking: what is committed after it is news again
                 self._wake_all()
                 time.sleep(YIELD_S)
-            if changed or self.stale:
+            if news or self.stale:
                 self.stale = False
-                seen, due = self._look(), self._next_due()
-            pause = self._interval_s if bell.hears else FIRST_POLL_S if changed else min(2 * pause, self._interval_s)
+                due = self._next_due(now)
+            pause = self._interval_s if bell.hears else FIRST_POLL_S if news else min(2 * pause, self._interval_s)
             timeout = min(pause, max(0.0, self._run_chores() - time.monotonic()))
             if due is not None:
                 timeout = min(timeout, max(0, due - self._clock()) / NS)
-            rung = bell.wait(timeout) or self._rung
-            self._rung = False
-            changed = rung or (due is not None and self._clock() >= due) or self._look() != seen
+            news = bell.wait(timeout)
+            if self._rung:
+                self._rung, news = False, True
+            news = news or self._look() != seen
+
+    def _has_clients(self) -> bool:
+        """Whether to go on. The decision to end is final: the next client starts another thread."""
+        with self._guard:
+            if not self._clients:
+                self._thread = None
+            return bool(self._clients)
 
     def _wake_all(self) -> None:
         with self._guard:
@@ -1146,19 +1174,19 @@ class Attendant:
                 chore.next_at = time.monotonic() + chore.period_s
                 try:
                     chore.run()
-                except BrokerError as error:  # busy or damaged: its owner meets the same error itself
+                except (BrokerError, sqlite3.Error) as error:  # its owner meets the same error itself
                     log_warning("renewing leases failed, trying again: %s", error)
         return min([chore.next_at for chore in chores], default=time.monotonic() + self._interval_s)
 
     def _look(self) -> object:
         try:
-            return self._ask_look()
+            return self._ask_look and self._ask_look()
         except BrokerError as error:  # the waiters meet the same error when they look themselves
             return str(error)
 
-    def _next_due(self) -> int | None:
+    def _next_due(self, now_ns: int) -> int | None:
         try:
-            return self._ask_due(self._clock())
+            return self._ask_due(now_ns) if self._ask_due is not None else None
         except BrokerError:
             return None
 
@@ -1219,15 +1247,6 @@ def _abandon(connection: sqlite3.Connection) -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))  # a reference that nobody gives back
     except (ImportError, AttributeError):  # PyPy closes nothing when it ends
         pass
-
-
-def file_identity(path: str) -> tuple[int, int] | None:
-    """Device and inode of the file that a path names; None if there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 class SQLiteRunner(SQLRunner):
@@ -1793,7 +1812,7 @@ class Broker:
         if isinstance(self.runner, SQLiteRunner):
             self.attendant = self.runner.attendant
         else:
-            self.attendant = Attendant(self.settings.max_interval_s, None, object, self._next_due, clock)
+            self.attendant = Attendant(self.settings.max_interval_s)
 
     def __enter__(self) -> Broker:
         return self
@@ -1853,10 +1872,6 @@ class Broker:
                 for statement in SCHEMA:
                     run(statement)
         self._prepared = True
-
-    def _next_due(self, now_ns: int) -> int | None:
-        due: int | None = self.run(SELECT_NEXT_DUE, (now_ns,))[0][0]
-        return due
 
     def insert(self, run: Run, queue: str, bodies: Sequence[str], held_until: int | None) -> list[int]:
         """Write checked bodies to one queue, in the caller's transaction; return their ids."""
@@ -2183,8 +2198,6 @@ class Queue:
 
     def wait_until_pending(self, seconds: float, low: int = 0, high: int = MAX_ID) -> bool:
         """Block until a message between two ids is ready; False after that many seconds (math.inf: never)."""
-        if not seconds >= 0:
-            raise ValueError(f"wait is a number of seconds from 0, not {seconds!r}")
         deadline = time.monotonic() + seconds
         if self.has_pending(after=low, before=high):
             return True
@@ -2311,6 +2324,8 @@ class Queue:
 
     def _first(self, take: Callable[[], list[Message]], low: int, high: int, wait: float | None) -> Message | None:
         """The first message that take() finds, before the wait is over."""
+        if wait is not None and not wait >= 0:
+            raise ValueError(f"wait is a number of seconds from 0, not {wait!r}")
         deadline = None if wait is None else time.monotonic() + wait
         while deadline is None or self.wait_until_pending(max(0.0, deadline - time.monotonic()), low, high):
             found = take()
@@ -2407,7 +2422,7 @@ class LeaseKeeper(Chore):
         if not self._lease_ns:
             raise ValueError("a lease must be longer than 0 seconds")
         self.period_s, self.next_at = lease_s / 3, 0.0
-        self._queue, self._lazy = queue, lazy
+        self._queue, self._lazy, self._pid = queue, lazy, os.getpid()
         # Guards _open: what is leased and not settled yet. The attendant holds it until its renewal is
         # committed: what is settled meanwhile must not be renewed after it.
         self._guard = threading.Lock()
@@ -2469,7 +2484,8 @@ class LeaseKeeper(Chore):
         """Give one back, as Queue.release(); a lost lease is logged."""
         self.settle(message)
         try:
-            self._queue.release(message, delay=delay)
+            if os.getpid() == self._pid:  # a forked child leaves the leases to its parent
+                self._queue.release(message, delay=delay)
         except LeaseLost as error:
             log_warning("queue %s: %s", self._queue.name, error)
 
@@ -2477,7 +2493,7 @@ class LeaseKeeper(Chore):
         """Give back what was taken and not settled, at once, as if it had not been leased."""
         with self._guard:
             left, self._open = self._open, {}
-        if left:
+        if left and os.getpid() == self._pid:
             with self._queue.broker.relaxed_transaction() as run:
                 for message in left.values():
                     run(UNLEASE_MESSAGE, (message.id, message.queue, message.attempt))
@@ -2604,7 +2620,7 @@ class QueueWatcher:
                     try:
                         if not self._step():
                             self._idle()
-                    except OperationalError as error:  # busy, or a full disk: nothing is lost, go on later
+                    except sqlite3.OperationalError as error:  # busy, or a full disk: nothing is lost, go on later
                         log_warning("watcher of %s: %s", self.queue.name, error)
                         self._keeper.forget()
                         self._sleep(BUSY_PAUSE_S)
@@ -3216,15 +3232,9 @@ class Job:
     def __call__(self, message: Message, timestamp: int) -> None:
         process = self._start(message)
         try:
-            pumps = [] if self._pass_through else self._pump(process)
-            try:
-                with process.stdin as stdin:
-                    stdin.write(message.encode())
-            except BrokenPipeError:  # it does not read its input, which is its own affair
-                pass
-            status = process.wait()
-            for pump in pumps:
+            for pump in [] if self._pass_through else self._pump(process):
                 pump.join()
+            status = process.wait()
         finally:
             with self._guard:
                 self._running.discard(process)
@@ -3240,17 +3250,21 @@ class Job:
 
     def _start(self, message: Message) -> Any:
         import subprocess
+        import tempfile
 
         names = {"BROKER_QUEUE": message.queue, "BROKER_MESSAGE_ID": message.id, "BROKER_ATTEMPT": message.attempt}
         environ = {**os.environ, **{name: str(value) for name, value in names.items()}}
         output = None if self._pass_through else subprocess.PIPE
-        with self._guard:
+        # The body is in a file before the command starts: if we are killed, it does not see half of it.
+        with tempfile.TemporaryFile() as body, self._guard:
             if self._ending:
                 raise CommandFailed("stopped")
             try:
+                body.write(message.encode())
+                body.seek(0)
                 # A session of its own, so that Ctrl-C in a terminal stops the worker and not the command.
                 process = subprocess.Popen(
-                    self._command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environ,
+                    self._command, stdin=body, stdout=output, stderr=output, env=environ,
                     start_new_session=True,
                 )  # fmt: skip
             except OSError as error:
