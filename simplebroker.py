@@ -686,6 +686,14 @@ def _unlock(fd: int) -> None:
         _windows_lock(fd, "LK_UNLCK")
 
 
+def _write_byte(fd: int) -> None:
+    if hasattr(os, "pwrite"):
+        os.pwrite(fd, b"\n", 0)
+    else:
+        os.lseek(fd, 0, os.SEEK_SET)
+        os.write(fd, b"\n")
+
+
 def _windows_lock(fd: int, mode: str) -> None:
     try:
         import msvcrt
@@ -749,8 +757,7 @@ class WriterLock:
         """Wake the watchers of all processes: one byte, after the commit and before release()."""
         if self._fd is not None:
             try:
-                os.lseek(self._fd, 0, os.SEEK_SET)
-                os.write(self._fd, b"\n")
+                _write_byte(self._fd)
             except OSError:  # a full disk: the watchers find the commit by looking, a little later
                 return
 
@@ -890,6 +897,7 @@ class _BlockedWaiter:
 # ---------------------------------------------------------------------------------------------------
 
 YIELD_S = 0.0002  # after waking others, so that they and not we have the interpreter and the connection first
+SIGNAL_CHECK_S = 0.05  # the kernel may give a signal to any thread, but its handler waits for the main thread to move
 FIRST_POLL_S = 0.001  # without a doorbell: the first look after a change, doubling up to max_interval_s
 
 
@@ -912,7 +920,15 @@ class Alarm:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until woken, at once if that happened since the last wait; False after timeout seconds."""
-        return self._lock.acquire(timeout=-1 if timeout is None else max(0.0, min(timeout, threading.TIMEOUT_MAX)))
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        main = threading.current_thread() is threading.main_thread()
+        longest = SIGNAL_CHECK_S if main else threading.TIMEOUT_MAX
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            if self._lock.acquire(timeout=min(left, longest)):
+                return True
+            if left <= longest:
+                return False
 
     def wake(self) -> None:
         """Wake the waiter, now or when it next waits. Safe in signal handlers."""
@@ -2880,7 +2896,9 @@ class Outlet:
 
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
-        events = poll.poll(None if patience_s is None else patience_s * 1000)
+        events = poll.poll(1000 * (SIGNAL_CHECK_S if patience_s is None else patience_s))
+        while patience_s is None and not events:
+            events = poll.poll(1000 * SIGNAL_CHECK_S)
         if events and events[0][1] & select.POLLERR:
             unread = fcntl.ioctl(self._fd, termios.FIONREAD, b"\0\0\0\0")
             if any(unread):
@@ -3232,9 +3250,12 @@ class Job:
     def __call__(self, message: Message, timestamp: int) -> None:
         process = self._start(message)
         try:
-            for pump in [] if self._pass_through else self._pump(process):
+            errors: list[OSError] = []
+            for pump in [] if self._pass_through else self._pump(process, errors):
                 pump.join()
             status = process.wait()
+            if errors:
+                raise CommandFailed(f"its output cannot be passed on: {errors[0]}")
         finally:
             with self._guard:
                 self._running.discard(process)
@@ -3273,15 +3294,20 @@ class Job:
             self._running.add(process)
         return process
 
-    def _pump(self, process: Any) -> list[threading.Thread]:
+    def _pump(self, process: Any, errors: list[OSError]) -> list[threading.Thread]:
         """Pass on what the command prints, in whole lines."""
 
         def pump(source: Any, target: Any) -> None:
-            for line in source:
-                if target is not None:  # else it is closed, and the command must not block
-                    with self._print_guard:
-                        target.buffer.write(line if line.endswith(b"\n") else line + b"\n")
-                        target.flush()
+            with source:
+                for line in source:
+                    if target is not None:  # else it is closed, and the command must not block
+                        with self._print_guard:
+                            try:
+                                target.buffer.write(line if line.endswith(b"\n") else line + b"\n")
+                                target.flush()
+                            except OSError as error:
+                                errors.append(error)
+                                return
 
         pairs = ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
         pumps = [threading.Thread(target=pump, args=pair, daemon=True) for pair in pairs]
@@ -3347,8 +3373,9 @@ def run_work(options: Options) -> int | None:
 
     with StopSignals(stop):
         threads = [worker.run_in_thread() for worker in workers]
-        for thread in threads:
-            thread.join()
+        while any(thread.is_alive() for thread in threads):
+            for thread in threads:
+                thread.join(SIGNAL_CHECK_S)
             if job.failure is not None and not signals:
                 stop()
     if job.failure is not None:
@@ -3395,7 +3422,10 @@ def missing(path: str) -> int:
 def complain(text: str) -> None:
     """One line on standard error, if that is open."""
     if sys.stderr is not None:
-        print("broker:", " ".join(text.split()), file=sys.stderr, flush=True)
+        try:
+            print("broker:", " ".join(text.split()), file=sys.stderr, flush=True)
+        except OSError:  # nobody can be told, nor that; but the exit status can
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _flag_option(*flags: str, **more: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
