@@ -1248,7 +1248,8 @@ _MEANINGS = (
     ("locked", "the database is busy: waited for BROKER_BUSY_TIMEOUT"),
     ("is full", "the disk is full: nothing was changed; free some space and try again"),
     ("readonly", "the database cannot be written: make the file and its directory writable"),
-    ("unable to open", "the database cannot be opened: check that the directory exists and is accessible"),
+    ("disk I/O", "the file cannot be read or written, perhaps at a limit of its size: nothing was changed"),
+    ("open database", "the database cannot be opened: check that the directory exists and is accessible"),
 )
 # Connections that must never be closed, not even when the interpreter ends.
 _abandoned: list[sqlite3.Connection] = []
@@ -1301,7 +1302,7 @@ class SQLiteRunner(SQLRunner):
         self._ring = False  # the transaction has made something deliverable
         self._relaxed = False  # the transaction is not synced
         self._waited = False  # busy_timeout is shortened
-        self._paused = False  # a fork is going on in the thread that holds the mutex
+        self._paused_by = 0  # the thread that holds the mutex because it forks; 0: none
 
     # -- the five methods
 
@@ -1383,6 +1384,8 @@ class SQLiteRunner(SQLRunner):
 
     def close(self) -> None:
         """Close the connection and the lock file. Waits for a transaction of another thread."""
+        if self._owner == threading.get_ident():
+            raise UsageError("this thread is in a transaction: close after it")
         with self._mutex:
             self._disconnect()
             self._lock.close()
@@ -1625,6 +1628,8 @@ class SQLiteRunner(SQLRunner):
 
     def delete_file(self) -> bool:
         """Delete the database, if it is one of ours, with all that belongs to it. False if there is none."""
+        if self._owner == threading.get_ident():
+            raise UsageError("this thread is in a transaction: delete after it")
         deadline = self._enter()
         try:
             self._use_current_file()  # refuses what is not ours
@@ -1660,8 +1665,10 @@ class SQLiteRunner(SQLRunner):
     def before_fork(self) -> None:
         """Close the connection and keep out other threads: SQLite's bookkeeping of locks is per process, and a
         child that inherits it would read and write without locks. Impossible during a transaction."""
-        self._paused = self._owner != threading.get_ident() and self._mutex.acquire(timeout=self._timeout_s)
-        if self._paused and not self._owner:
+        me = threading.get_ident()
+        if self._owner != me and self._mutex.acquire(timeout=self._timeout_s):
+            self._paused_by = me
+        if self._paused_by == me and not self._owner:
             self._disconnect()
         elif self._connection is not None:
             try:
@@ -1671,7 +1678,8 @@ class SQLiteRunner(SQLRunner):
 
     def after_fork(self) -> None:
         """In the parent: go on."""
-        if self._paused:
+        if self._paused_by == threading.get_ident():
+            self._paused_by = 0
             self._mutex.release()
 
     def forget_parent(self) -> None:
@@ -1796,7 +1804,7 @@ class _Transaction:
     def _roll_back(self) -> None:
         try:
             self._runner.rollback()
-        except sqlite3.Error as error:  # the first error is the one to report
+        except Exception as error:  # noqa: BLE001 - the first error is the one to report, whatever a runner raises
             log_warning("rollback failed too: %s", error)
 
 
@@ -1854,7 +1862,8 @@ class Broker:
     def transaction(self) -> _Transaction:
         """``with broker.transaction() as run:`` one write transaction; ``run(sql, params, fetch=)``.
 
-        What the thread does inside with queues of the same database belongs to it: all or nothing.
+        What the thread does inside with queues of the same database belongs to it: all or nothing. (With
+        a custom runner only run() does, unless the runner lets transactions nest.)
         Blocks up to BROKER_BUSY_TIMEOUT, then OperationalError. Keep it short: all other writers wait.
         """
         if self._closed or not self._prepared:
@@ -2340,7 +2349,7 @@ class Queue:
 
     def _first(self, take: Callable[[], list[Message]], low: int, high: int, wait: float | None) -> Message | None:
         """The first message that take() finds, before the wait is over."""
-        if wait is not None and not wait >= 0:
+        if wait is not None and (isinstance(wait, bool) or not wait >= 0):
             raise ValueError(f"wait is a number of seconds from 0, not {wait!r}")
         deadline = None if wait is None else time.monotonic() + wait
         while deadline is None or self.wait_until_pending(max(0.0, deadline - time.monotonic()), low, high):
@@ -3623,6 +3632,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(argv: Sequence[str]) -> int:
     """Parse, run, close."""
+    if sys.version_info[:2] == (3, 12):  # whose first releases warn about numbered parameters, in __main__ visibly
+        import warnings
+
+        warnings.filterwarnings("ignore", "Binding .* is a named parameter", DeprecationWarning)
     try:
         options = parse_arguments(argv)
         return options.run(options) or DONE
@@ -3637,7 +3650,7 @@ def run_command(argv: Sequence[str]) -> int:
 # under another name: a module may register others, as os does with os.path.
 ext = type(sys)(f"{__name__}.ext", "What extensions of SimpleBroker need: runners, ids, errors, SQL.")
 for _name, _value in list(globals().items()):
-    if _name in __all__ or (_name.isupper() and isinstance(_value, (str, int, tuple))):
+    if _name in __all__ or (_name.isupper() and _name[0] != "_"):
         setattr(ext, _name, _value)
 sys.modules[ext.__name__] = ext
 
