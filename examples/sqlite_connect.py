@@ -1,0 +1,484 @@
+#!/usr/bin/env python3
+"""SQLite connections for programs with several threads and processes. One file, standard library only.
+
+    database = Database("app.db")                       # the file is made on first use: WAL, permissions 0600
+    with database.transaction() as connection:          # BEGIN IMMEDIATE; COMMIT, or ROLLBACK if the block raises
+        connection.execute("CREATE TABLE IF NOT EXISTS notes (body TEXT)")
+        connection.execute("INSERT INTO notes VALUES (?)", ("hello",))
+    rows = database.connection().execute("SELECT body FROM notes").fetchall()
+    database.close()
+
+The parts can be used alone: validate_path, retry_busy, connect, FileLock, Database.
+
+Promises
+    Threads   each has a connection of its own; that of an ended thread is closed when another one is opened
+    Fork      a child gets connections of its own, and neither uses nor closes those of its parent
+    Writers   queue for the file lock PATH.lock instead of sleeping in SQLite's busy handler
+    Waiting   has one monotonic deadline per call; what is still locked then is an sqlite3.OperationalError
+    Files     that are not SQLite databases are refused and left untouched; opening one that uses WAL only reads
+
+Limits
+    Autocommit mode: a statement outside transaction() commits by itself and does not queue for the file lock.
+    The first call in a thread opens its connection, which has a deadline of its own.
+    Finish with your cursors before you fork: a child must not touch those that it inherits.
+    Paths are checked once: keep databases where nobody else may replace directories or links.
+    Do not delete or replace a database file that is in use. WAL does not work on network file systems.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar, Union
+from weakref import WeakSet
+
+TIMEOUT_S = 5.0  # how long a call waits for locks before it fails
+PRAGMAS = ("synchronous = FULL", "trusted_schema = OFF", "foreign_keys = ON")  # of every connection
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.0005, 0.002  # between two looks at a lock: doubles from the first to the longest
+LONGEST_S = 1e6  # stands for longer timeouts, such as math.inf
+FILE_MODE = 0o600  # of the files made here: the owner alone; SQLite gives its -wal and -shm files the same
+
+StrPath = Union[str, "os.PathLike[str]"]
+T = TypeVar("T")
+
+
+class PathError(ValueError):
+    """A database path that is not allowed."""
+
+
+class NotADatabaseError(sqlite3.DatabaseError):
+    """The file is something else than an SQLite database, or is damaged."""
+
+
+class LockTimeout(sqlite3.OperationalError, TimeoutError):
+    """The file lock was not free before the deadline."""
+
+
+class ForkedError(RuntimeError):
+    """A forked child tried to use a connection of its parent."""
+
+
+# --- Paths ---
+
+
+def validate_path(path: StrPath, base: StrPath | None = None) -> str:
+    """Return the absolute path, symbolic links resolved; PathError if it is not allowed. Opens nothing.
+
+    With ``base``, a relative path starts there, and every path has to stay inside that directory.
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"a database path is a str or a path of str, not {type(text).__name__}")
+    if not text or any(ord(char) < 32 or 127 <= ord(char) < 160 for char in text):
+        raise PathError(f"the path {text!r} is empty or has control characters")
+    if text == ":memory:":
+        raise PathError("':memory:' is not a file: every thread would have a database of its own")
+    if ".." in text.replace("\\", "/").split("/"):
+        raise PathError(f"the path {text!r} must not contain '..'")
+    root = os.path.realpath("." if base is None else base)
+    full = os.path.realpath(os.path.join(root, text))
+    if base is not None and Path(root) not in Path(full).parents:
+        raise PathError(f"the path {text!r} leads out of {root!r}, to {full!r}")
+    if text.endswith(("/", os.sep)) or (os.path.lexists(full) and not os.path.isfile(full)):
+        raise PathError(f"{text!r} is a directory, or something else that is not a regular file")
+    if not os.path.isdir(os.path.dirname(full)):
+        raise PathError(f"the directory of {full!r} does not exist: create it first")
+    return full
+
+
+# --- Waiting: a deadline is computed once per call, and what is left of it is passed on ---
+
+
+def _left_s(deadline: float) -> float:
+    return min(max(0.0, deadline - time.monotonic()), LONGEST_S)
+
+
+def _pauses(deadline: float) -> Iterator[None]:
+    """Yield at once, then after growing pauses, the last time at the deadline."""
+    pause = FIRST_PAUSE_S
+    yield
+    while time.monotonic() < deadline:
+        time.sleep(min(pause, _left_s(deadline)))
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+        yield
+
+
+def retry_busy(connection: sqlite3.Connection, operation: Callable[[], T], timeout_s: float = TIMEOUT_S) -> T:
+    """Call operation() until it meets no lock, and return its result; after timeout_s its error is raised.
+
+    SQLite's busy handler waits for what is left of that time, and this loop for what the handler does not
+    cover: the change to WAL, recovery and possible deadlocks can fail at once. Retry a whole transaction, or
+    its BEGIN, but no statement inside it: the snapshot stays outdated.
+    """
+    deadline = time.monotonic() + timeout_s
+    usual_ms = connection.execute("PRAGMA busy_timeout").fetchone()[0]
+    try:
+        for _ in _pauses(deadline):
+            connection.execute(f"PRAGMA busy_timeout = {int(_left_s(deadline) * 1000)}")
+            try:
+                return operation()
+            except sqlite3.OperationalError as error:
+                if "lock" not in str(error):  # "database is locked", "database table is locked", "locking protocol"
+                    raise
+                last = error
+        raise last
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {usual_ms}")
+
+
+# --- Fork ---
+
+_connections: WeakSet[Connection] = WeakSet()  # all of this process
+_holders: WeakSet[FileLock | Database] = WeakSet()
+_inherited: list[Connection] = []  # those of the parent
+
+
+def _after_fork_in_child() -> None:
+    """Leave everything to the parent, and begin anew.
+
+    Not even at the exit of the child may the interpreter free a connection of the parent: sqlite3_close() rolls
+    back in memory that both share, which destroys what the parent is about to commit. So each gets a reference
+    that nobody gives back. PyPy counts no references, and frees nothing at exit.
+    """
+    _inherited.extend(_connections)
+    _connections.clear()
+    if sys.implementation.name == "cpython":
+        for connection in _inherited:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+    for holder in list(_holders):
+        holder.start_anew()
+
+
+if hasattr(os, "register_at_fork"):
+    import ctypes
+
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+# --- Connections ---
+
+
+class Connection(sqlite3.Connection):
+    """A connection that refuses to work in another process than its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.pid = os.getpid()
+        super().__init__(*args, **kwargs)
+        _connections.add(self)
+
+    def check_process(self) -> None:
+        """ForkedError in a forked child."""
+        if self.pid != os.getpid():
+            raise ForkedError(f"a connection of process {self.pid} cannot be used in its child: open another")
+
+
+def _refuse_in_child(name: str) -> None:
+    method = getattr(sqlite3.Connection, name)
+
+    @wraps(method)
+    def checked(self: Connection, *args: Any, **kwargs: Any) -> Any:
+        self.check_process()
+        return method(self, *args, **kwargs)
+
+    setattr(Connection, name, checked)
+
+
+for _name in ("cursor", "execute", "executemany", "executescript", "commit", "rollback", "close", "__exit__"):
+    _refuse_in_child(_name)
+
+
+def connect(path: str, *, timeout_s: float = TIMEOUT_S, pragmas: Sequence[str] = PRAGMAS) -> Connection:
+    """Open an existing file, in autocommit mode. NotADatabaseError if SQLite says that it is no database.
+
+    Any thread may use the connection, one at a time. SQLite is asked, because reading the file here would drop
+    the locks that this process has on it: POSIX locks go when any descriptor of the file is closed.
+    """
+    if os.path.isfile(path) and os.path.getsize(path) == 1:  # which SQLite takes for empty, and overwrites
+        raise NotADatabaseError(f"{path!r} is not an SQLite database")
+    connection = sqlite3.connect(
+        Path(path).absolute().as_uri() + "?mode=rw",
+        uri=True,
+        timeout=min(timeout_s, LONGEST_S),
+        isolation_level=None,
+        check_same_thread=False,  # Database closes those of ended threads
+        factory=Connection,
+    )
+    try:
+        retry_busy(connection, lambda: connection.execute("PRAGMA schema_version").fetchone(), timeout_s)
+        for pragma in pragmas:
+            connection.execute(f"PRAGMA {pragma}")
+    except sqlite3.OperationalError:
+        connection.close()
+        raise
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        raise NotADatabaseError(f"{path!r} is not an SQLite database, or is damaged: {error}") from error
+    return connection
+
+
+# --- Files ---
+
+
+def _open_private(path: str, more_flags: int) -> int:
+    """Open a file, made for the owner alone whatever the umask."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | more_flags, FILE_MODE)
+    if os.fstat(fd).st_mode & FILE_MODE != FILE_MODE and hasattr(os, "fchmod"):
+        os.fchmod(fd, FILE_MODE)
+    return fd
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock_now(fd: int) -> bool:
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        except PermissionError:
+            return False
+        return True
+
+    def _unlock(fd: int) -> None:
+        msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
+
+else:
+    import fcntl
+
+    def _lock_now(fd: int) -> bool:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _unlock(fd: int) -> None:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+class FileLock:
+    """A lock that one thread of one process holds at a time. Not re-entrant.
+
+    The kernel frees the lock of a process that dies. The file is never deleted: whoever still waits for it
+    would get a lock that others, who make the file again, do not see. If someone else deletes it, that is
+    noticed. A forked child does not hold the lock of its parent.
+    """
+
+    def __init__(self, path: StrPath) -> None:
+        self.path = os.path.abspath(path)
+        self._mutex = threading.Lock()  # held together with the lock: keeps the threads of this process apart
+        self._fd: int | None = None  # open while the lock is held
+        _holders.add(self)
+
+    def acquire(self, timeout_s: float = TIMEOUT_S) -> None:
+        """Take the lock; LockTimeout if it is not free within timeout_s (0: try once)."""
+        deadline = time.monotonic() + timeout_s
+        if not self._mutex.acquire(timeout=_left_s(deadline)):
+            raise LockTimeout(f"another thread holds {self.path!r} for longer than {timeout_s:.3g} s")
+        try:
+            for _ in _pauses(deadline):
+                self._fd = self._try_once()
+                if self._fd is not None:
+                    return
+            raise LockTimeout(f"another process holds {self.path!r} for longer than {timeout_s:.3g} s")
+        finally:
+            if self._fd is None:
+                self._mutex.release()
+
+    def release(self) -> None:
+        """Give the lock back. RuntimeError if this process does not hold it."""
+        fd, self._fd = self._fd, None
+        if fd is None:
+            raise RuntimeError(f"this process does not hold {self.path!r}")
+        try:
+            _unlock(fd)  # closing is not enough: a child may have been forked that has not closed its copy yet
+        finally:
+            os.close(fd)
+            self._mutex.release()
+
+    @contextmanager
+    def hold(self, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
+        """``with lock.hold(2.0):`` the lock is held in the block."""
+        self.acquire(timeout_s)
+        pid = os.getpid()
+        try:
+            yield
+        finally:
+            if pid == os.getpid():  # a child that was forked in the block has nothing to release
+                self.release()
+
+    def _try_once(self) -> int | None:
+        """The descriptor of the locked file, or None if the lock is not free."""
+        fd = _open_private(self.path, getattr(os, "O_NOFOLLOW", 0))
+        locked = False
+        try:
+            locked = _lock_now(fd) and self._is_current(fd)
+        finally:
+            if not locked:
+                os.close(fd)
+        return fd if locked else None
+
+    def _is_current(self, fd: int) -> bool:
+        """Is this still the file of that name?"""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(fd))
+        except FileNotFoundError:
+            return False
+
+    def start_anew(self) -> None:
+        """In a forked child: close the copy. That does not unlock; keeping it would lock for a parent that dies."""
+        fd, self._fd = self._fd, None
+        self._mutex = threading.Lock()
+        if fd is not None:
+            os.close(fd)
+
+
+# --- Database ---
+
+
+class Database:
+    """One database file: a connection for every thread, and one writer at a time. Opened on first use.
+
+    ``path`` and ``base`` as in validate_path(). ``pragmas`` are run on every new connection.
+    """
+
+    def __init__(
+        self,
+        path: StrPath,
+        *,
+        base: StrPath | None = None,
+        timeout_s: float = TIMEOUT_S,
+        pragmas: Sequence[str] = PRAGMAS,
+    ) -> None:
+        self.path = validate_path(path, base)
+        self._timeout_s = timeout_s
+        self._pragmas = pragmas
+        self._writer_lock = FileLock(self.path + ".lock")
+        self._closed = False
+        self.start_anew()
+        _holders.add(self)
+
+    def start_anew(self) -> None:
+        """Have no connections, as at first; also in a forked child."""
+        self._local = threading.local()
+        self._mutex = threading.Lock()  # guards _open
+        # Keeps the connections alive in a forked child, where the locals of the other threads are gone.
+        self._open: list[tuple[threading.Thread, Connection]] = []
+
+    def __enter__(self) -> Database:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def connection(self) -> Connection:
+        """The connection of this thread."""
+        if self._closed:
+            raise sqlite3.ProgrammingError(f"the database {self.path!r} was closed")
+        found: Connection | None = getattr(self._local, "connection", None)
+        if found is None:
+            self._close_unused()
+            found = self._connect()
+            with self._mutex:
+                self._open.append((threading.current_thread(), found))
+            self._local.connection = found
+        return found
+
+    @contextmanager
+    def transaction(self, timeout_s: float | None = None) -> Iterator[Connection]:
+        """``with database.transaction() as connection:`` commits at the end, rolls back if the block raises.
+
+        Blocks while others write, at most timeout_s. Keep it short. Transactions of a thread do not nest.
+        """
+        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+        connection = self.connection()
+        if connection.in_transaction:
+            raise RuntimeError("this thread is in a transaction already")
+        with self._writer_lock.hold(_left_s(deadline)):
+            retry_busy(connection, lambda: connection.execute("BEGIN IMMEDIATE"), _left_s(deadline))
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.pid == os.getpid() and connection.in_transaction:
+                    connection.rollback()
+                raise
+
+    def close(self) -> int:
+        """Close the connections of this thread and of ended threads; return how many others are left.
+
+        Closing a connection while its thread is in a statement can crash the interpreter. So end the other
+        threads first, or call this again when they have ended.
+        """
+        self._closed = True
+        return self._close_unused(threading.current_thread())
+
+    def _close_unused(self, also: threading.Thread | None = None) -> int:
+        with self._mutex:
+            unused = [entry for entry in self._open if entry[0] is also or not entry[0].is_alive()]
+            self._open = [entry for entry in self._open if entry not in unused]
+            left = len(self._open)
+        for _, connection in unused:
+            connection.close()
+        return left
+
+    def _connect(self) -> Connection:
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            os.close(_open_private(self.path, os.O_EXCL))
+        except FileExistsError:  # not even opened
+            pass
+        connection = connect(self.path, timeout_s=self._timeout_s, pragmas=self._pragmas)
+        try:
+            if not retry_busy(connection, lambda: _uses_wal(connection, "PRAGMA journal_mode"), _left_s(deadline)):
+                with self._writer_lock.hold(_left_s(deadline)):
+                    change = "PRAGMA journal_mode = WAL"
+                    if not retry_busy(connection, lambda: _uses_wal(connection, change), _left_s(deadline)):
+                        raise sqlite3.NotSupportedError(f"{self.path!r} cannot use WAL on this file system")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+def _uses_wal(connection: sqlite3.Connection, pragma: str) -> bool:
+    return bool(connection.execute(pragma).fetchone()[0] == "wal")
+
+
+# --- Demonstration: processes count up in one row, and no addition gets lost ---
+
+PROCESSES, ADDITIONS = 4, 50
+
+
+def _count_up(path: str) -> None:
+    with Database(path) as database:
+        for _ in range(ADDITIONS):
+            with database.transaction() as connection:
+                connection.execute("UPDATE counter SET n = n + 1")
+
+
+def main() -> int:
+    """Run the processes, print the count, and return an exit status."""
+    with tempfile.TemporaryDirectory() as directory, Database(os.path.join(directory, "counter.db")) as database:
+        with database.transaction() as connection:
+            connection.execute("CREATE TABLE counter (n INTEGER)")
+            connection.execute("INSERT INTO counter VALUES (0)")
+        processes = [get_context("spawn").Process(target=_count_up, args=(database.path,)) for _ in range(PROCESSES)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        count = database.connection().execute("SELECT n FROM counter").fetchone()[0]
+        print(f"{PROCESSES} processes counted to {count} of {PROCESSES * ADDITIONS}")
+        return 0 if count == PROCESSES * ADDITIONS else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
