@@ -747,6 +747,8 @@ class WriterLock:
             if self._is_current(fd):
                 return
             self.close()  # someone replaced the file: two holders could each own a lock of that name
+        if self._fd is None:  # no locks here, but a doorbell
+            self._open()
 
     def release(self) -> None:
         """Let the next writer in."""

@@ -3814,7 +3814,7 @@ class WaitingTest(ConsumerTest):
         self.assertHandled(recorder, ["new"], SOON_S)
         self.assertBodies(queue, ["too old"])
 
-    @unittest.skipUnless(HAS_BELL, "this platform has no notification of files")
+    @NEEDS_BELL
     def test_a_commit_of_another_process_or_thread_wakes_by_the_doorbell(self) -> None:
         writer, queue = self.writer(), self.queue(settings=BELL_ONLY)
         queue.write("the database exists")
@@ -3834,7 +3834,7 @@ class WaitingTest(ConsumerTest):
         self.assertIsNone(queue.read(wait=0.4))  # the others have given up by then
         self.assertEqual(sum(len(recorder.calls) for recorder in recorders), 1)
 
-    @unittest.skipUnless(HAS_BELL, "this platform has no notification of files")
+    @NEEDS_BELL
     def test_a_delayed_message_comes_when_it_is_due(self) -> None:
         queue = self.queue(settings=BELL_ONLY)
         recorder = self.waiting(50, queue)
@@ -3996,7 +3996,7 @@ class DoorbellTest(ConsumerTest):
         self.tell(self.writer(), "first")
         self.assertHandled(recorder, ["first"], SOON_S)
 
-    @unittest.skipUnless(HAS_BELL, "this platform has no notification of files")
+    @NEEDS_BELL
     def test_checkpoints_and_vacuum_do_not_disturb_it(self) -> None:
         recorder, other = Recorder(), self.other()
         other.write("x")
@@ -4021,7 +4021,8 @@ class DoorbellTest(ConsumerTest):
         self.assertWakes(recorder, self.queue().write)  # by this process
         self.assertWakes(recorder, self.other().write)
 
-    @unittest.skipUnless(HAS_BELL, "this platform has no notification of files")
+    @NEEDS_LOCKS
+    @NEEDS_BELL
     def test_a_file_made_again_is_heard_as_before(self) -> None:
         # Made again at once, it can have the inode number of the deleted one. This watcher looks by itself once
         # in a second, which finds ten messages in about five seconds.
@@ -4052,7 +4053,7 @@ class DoorbellTest(ConsumerTest):
             self.assertWakes(recorder, other.write)
             self.assertWakes(recorder, queue.write)
 
-    @unittest.skipUnless(HAS_BELL, "this platform has no notification of files")
+    @NEEDS_BELL
     def test_it_rings_when_the_commit_can_be_seen_and_not_before(self) -> None:
         recorder = Recorder()
         queue = self.queue(settings=Settings(sync_mode="FULL"))  # commits take milliseconds
