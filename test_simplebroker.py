@@ -8,6 +8,7 @@ more often.
 from __future__ import annotations
 import __future__ as future
 
+import ast
 import asyncio
 import atexit
 import contextlib
@@ -7073,6 +7074,46 @@ class ReadmeTest(BrokerTest):
         allowed = {"simplebroker.py", "test_simplebroker.py", "examples", "pyproject.toml", "README.md", "LICENSE"}
         found = {name.split("/")[0] for name in done.stdout.split()}
         self.assertEqual({name for name in found - allowed if not name.startswith(".")}, set())
+
+
+class ExamplesUsePublicNamesTest(unittest.TestCase):
+    """No example reaches into a private name of the module."""
+
+    @staticmethod
+    def private_names(tree: ast.AST, defined: bool) -> set[str]:
+        """The names with one leading underscore that code defines, or that it uses."""
+        found = set()
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and defined:
+                found.add(node.name)
+            elif isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Store) == defined:
+                found.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+            elif isinstance(node, ast.ImportFrom) and not defined:
+                found.update(alias.name for alias in node.names)
+        return {name for name in found if name.startswith("_") and not name.startswith("__") and name != "_"}
+
+    def reaches(self, code: str) -> set[str]:
+        """The private names of simplebroker that this code uses and does not define itself."""
+        ours = self.private_names(ast.parse((ROOT / "simplebroker.py").read_text(encoding="utf-8")), defined=True)
+        tree = ast.parse(code)
+        return (self.private_names(tree, defined=False) - self.private_names(tree, defined=True)) & ours
+
+    def test_the_check_finds_what_it_looks_for(self) -> None:
+        self.assertEqual(self.reaches("queue._take(0, 1, 1); self._mine = 1; self._mine"), {"_take"})
+        self.assertEqual(self.reaches("from simplebroker import _abandon"), {"_abandon"})
+
+    def test_no_example_uses_a_private_name(self) -> None:
+        for path in sorted(EXAMPLES.glob("*.py")):
+            with self.subTest(path.name):
+                self.assertEqual(self.reaches(path.read_text(encoding="utf-8")), set())
+
+    def test_no_code_in_the_guides_uses_a_private_name(self) -> None:
+        for path in sorted(EXAMPLES.glob("*.md")):
+            blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+            code = "\n".join("async def block():\n" + textwrap.indent(block, "    ") for block in blocks)
+            code = re.sub(r"^ +from __future__ .*$", "", code, flags=re.MULTILINE)
+            with self.subTest(path.name):
+                self.assertEqual(self.reaches(code + "\npass"), set())
 
 
 # ---------------------------------------------------------------------------------------------------
