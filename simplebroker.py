@@ -1122,7 +1122,7 @@ class Attendant:
             self._clients.add(client)
             if self._bell is None:
                 self._bell = _Doorbell(self._bell_path)
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._bell.attach()
                 # What is true now is taken before the client looks, so that it misses no change.
                 args = (self._bell, self._look(), self._next_due(self._clock()))
@@ -1139,7 +1139,7 @@ class Attendant:
             if self._clients or self._bell is None or thread is None:
                 return
             self._bell.interrupt()
-        while self._thread is thread and not self._clients and thread is not threading.current_thread():
+        while thread.is_alive() and not self._clients and thread is not threading.current_thread():
             thread.join(FIRST_POLL_S)  # it ends, or a new client keeps it
 
     def ring(self) -> None:
