@@ -755,13 +755,18 @@ class WriterLock:
         if self._fd is not None and self._usable:
             _unlock(self._fd)
 
-    def ring(self) -> None:
-        """Wake the watchers of all processes: one byte, after the commit and before release()."""
-        if self._fd is not None:
-            try:
-                _write_byte(self._fd)
-            except OSError:  # a full disk: the watchers find the commit by looking, a little later
-                return
+    def ring(self) -> bool:
+        """Wake the watchers of all processes: one byte, after the commit and before release().
+
+        False if that is impossible: the watchers find the commit by looking, a little later.
+        """
+        if self._fd is None:
+            return False
+        try:
+            _write_byte(self._fd)
+        except OSError:  # a full disk
+            return False
+        return True
 
     def close(self) -> None:
         """Close the file, which releases the lock if it was held."""
@@ -1142,10 +1147,10 @@ class Attendant:
         while thread.is_alive() and not self._clients and thread is not threading.current_thread():
             thread.join(FIRST_POLL_S)  # it ends, or a new client keeps it
 
-    def ring(self) -> None:
-        """A commit of this process may have made a message deliverable."""
+    def ring(self, rung: bool) -> None:
+        """A commit of this process may have made a message deliverable. Did the doorbell ring for it?"""
         bell = self._bell
-        if self._thread is not None and bell is not None and not bell.hears:
+        if self._thread is not None and bell is not None and not (rung and bell.hears):
             self._rung = True
             bell.interrupt()
 
@@ -1324,8 +1329,7 @@ class SQLiteRunner(SQLRunner):
                 rows = self._execute(sql, params)
                 self.attendant.stale = True
                 if sql in RINGING:
-                    self._lock.ring()
-                    self.attendant.ring()
+                    self.attendant.ring(self._lock.ring())
                 return rows
             finally:
                 self._lock.release()
@@ -1367,8 +1371,7 @@ class SQLiteRunner(SQLRunner):
             self._execute("COMMIT")
             self.attendant.stale = True
             if self._ring:
-                self._lock.ring()
-                self.attendant.ring()
+                self.attendant.ring(self._lock.ring())
         self._leave()
 
     def rollback(self) -> None:
