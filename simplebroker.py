@@ -903,6 +903,7 @@ class _BlockedWaiter:
 # It sleeps on the doorbell (inotify, kqueue), and looks by itself every max_interval_s.
 # ---------------------------------------------------------------------------------------------------
 
+ATTENDANT_NAME = "simplebroker-wait"  # of its thread
 YIELD_S = 0.0002  # after waking others, so that they and not we have the interpreter and the connection first
 SIGNAL_CHECK_S = 0.05  # the kernel may give a signal to any thread, but its handler waits for the main thread to move
 FIRST_POLL_S = 0.001  # without a doorbell: the first look after a change, doubling up to max_interval_s
@@ -1131,7 +1132,7 @@ class Attendant:
                 self._bell.attach()
                 # What is true now is taken before the client looks, so that it misses no change.
                 args = (self._bell, self._look(), self._next_due(self._clock()))
-                self._thread = threading.Thread(target=self._serve, args=args, name="simplebroker-wait", daemon=True)
+                self._thread = threading.Thread(target=self._serve, args=args, name=ATTENDANT_NAME, daemon=True)
                 self._thread.start()
             elif isinstance(client, Chore):
                 self._bell.interrupt()
@@ -1146,6 +1147,10 @@ class Attendant:
             self._bell.interrupt()
         while thread.is_alive() and not self._clients and thread is not threading.current_thread():
             thread.join(FIRST_POLL_S)  # it ends, or a new client keeps it
+
+    def is_current_thread(self) -> bool:
+        """Is this an attendant's own thread?"""
+        return threading.current_thread().name == ATTENDANT_NAME
 
     def ring(self, rung: bool) -> None:
         """A commit of this process may have made a message deliverable. Did the doorbell ring for it?"""
@@ -1211,6 +1216,7 @@ class Attendant:
         try:
             return self._ask_due(now_ns) if self._ask_due is not None else None
         except BrokerError:
+            self.stale = True  # ask again at the next look
             return None
 
 
@@ -1400,12 +1406,17 @@ class SQLiteRunner(SQLRunner):
 
     def _enter(self) -> float:
         """Take the mutex; return the deadline of the whole operation."""
-        if not self._mutex.acquire(blocking=False) and not self._mutex.acquire(timeout=self._timeout_s):
+        if not self._mutex.acquire(blocking=False) and not self._mutex.acquire(timeout=self._patience_s()):
             raise OperationalError(
                 f"the database is busy: another thread is in a transaction on {self.path!r} for longer than"
                 " BROKER_BUSY_TIMEOUT"
             )
         return time.monotonic() + self._timeout_s
+
+    def _patience_s(self) -> float:
+        """How long to wait for another thread. The attendant tries again anyway, and whoever is in a transaction
+        may be waiting for it to end."""
+        return FAST_BATCH_S if self.attendant.is_current_thread() else self._timeout_s
 
     def _leave(self) -> None:
         self._depth -= 1
@@ -2453,8 +2464,7 @@ class LeaseKeeper(Chore):
             raise ValueError("a lease must be longer than 0 seconds")
         self.period_s, self.next_at = lease_s / 3, 0.0
         self._queue, self._lazy, self._pid = queue, lazy, os.getpid()
-        # Guards _open: what is leased and not settled yet. The attendant holds it until its renewal is
-        # committed: what is settled meanwhile must not be renewed after it.
+        # Guards _open: what is leased and not settled yet. Taken inside the runner's mutex, never around it.
         self._guard = threading.Lock()
         self._open: dict[int, Message] = {}
         self._size, self._taken_at = 1, 0.0
@@ -2536,12 +2546,13 @@ class LeaseKeeper(Chore):
 
     def run(self) -> None:
         """Renew what is open, in one transaction. The attendant calls this."""
-        with self._guard:
-            if self._open:
+        if self._open:
+            # The guard inside the transaction: its owner may settle messages in a transaction of its own, and what
+            # is settled before must not be renewed after it.
+            with self._queue.broker.relaxed_transaction() as run, self._guard:
                 until = self._queue.broker.clock() + self._lease_ns
-                with self._queue.broker.relaxed_transaction() as run:
-                    for message in self._open.values():
-                        run(RENEW_LEASE, (message.id, message.queue, message.attempt, until))
+                for message in self._open.values():
+                    run(RENEW_LEASE, (message.id, message.queue, message.attempt, until))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -3948,6 +3948,19 @@ class WaitingTest(ConsumerTest):
             reader.join(DEADLINE_S)
             self.assertFalse(reader.is_alive())
 
+    def test_loops_and_waits_inside_a_transaction_do_not_stall(self) -> None:
+        # The thread that renews leases and looks for changes cannot get in, and must not be waited for.
+        queue, dest = self.queue(), self.queue("dest")
+        for lease in (0.3, 30):
+            queue.write_many(["a", "b"])
+            started = time.monotonic()
+            with queue.broker.transaction():
+                for message in queue.read_all(lease=lease):
+                    self.assertIsNone(dest.read(wait=0.12, message_id=1))
+                    dest.write(message)
+            self.assertSoon(started)
+            self.assertEqual((queue.stats().total, dest.read(), dest.read()), (0, "a", "b"))
+
     def test_waits_that_end_at_the_same_time_do_not_disturb_each_other(self) -> None:
         interval = sys.getswitchinterval()
         self.addCleanup(sys.setswitchinterval, interval)
@@ -5641,10 +5654,10 @@ class WritingCommandsTest(CommandTest):
             self.assertBodies(self.queue(name), ["one", "two"])
         endless = self.start("write", "endless", "--lines")  # one that never ends is noticed before its end
         assert endless.stdin is not None
-        endless.stdin.write(b"x" * 100)
+        endless.stdin.write("€".encode() * 40 + b"\xe2")
         endless.stdin.flush()
         self.wait_for(lambda: endless.poll() is not None, "the refusal of a line without an end")
-        self.assertRefused(self.finish(endless), "line 1:")
+        self.assertRefused(self.finish(endless), "line 1:", "BROKER_MAX_MESSAGE_SIZE")
 
     def test_the_largest_body_passes_through_and_one_more_byte_is_refused(self) -> None:
         largest = "é".encode() * (5 << 20)  # 10 MiB
@@ -5657,7 +5670,7 @@ class WritingCommandsTest(CommandTest):
 
     def test_the_limit_of_a_body_counts_bytes_and_is_named_as_the_reason(self) -> None:
         self.environ["BROKER_MAX_MESSAGE_SIZE"] = "10"
-        long, fits = "é€€€", "é€€é"  # 11 and 10 bytes
+        long, fits = "€€€€€", "é€€é"  # 15 and 10 bytes; the 11th byte is not the end of a character
         commands = [["write", "q", long], ["write", "q", "-"], ["write", "q", "--lines"], ["broadcast", long]]
         for done in self.cli_lines(commands, [long.encode()] * 4):
             self.assertRefused(done, "BROKER_MAX_MESSAGE_SIZE")
@@ -6456,7 +6469,7 @@ class OutputTest(CommandTest):
             self.assertEqual(self.shell(script.replace("&-", "/dev/full")).stdout, b"2\n1\n2\n")
 
     def test_all_of_a_large_output_reaches_a_slow_non_blocking_pipe_and_a_socket(self) -> None:
-        bodies = [f"{n:05}{'x' * 995}" for n in range(400)]
+        bodies = [f"{n:05}{'x' * 9994}" for n in range(40)]  # each is larger than the pipe and the socket
         expected = "".join(f"{body}\n" for body in bodies).encode()
 
         def slowly(fd: int) -> bytes:
@@ -6474,7 +6487,9 @@ class OutputTest(CommandTest):
                 if kind == "pipe":
                     reader, writer = os.pipe()
                 else:
-                    reader, writer = (end.detach() for end in socket.socketpair())
+                    ours, theirs = socket.socketpair()
+                    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+                    reader, writer = ours.detach(), theirs.detach()
                 os.set_blocking(writer, blocking)
                 child = self.start("read", "q", "--all", stdout=writer)
                 os.close(writer)
@@ -6630,6 +6645,13 @@ class WorkCommandTest(CommandTest):
         self.assertEqual(done.stderr, b"")
         self.assertEqual(self.everything(), [])
         self.assertRan(self.cli("work", "q", "--drain", "--", "cat"), b"")  # nothing there is a drained queue
+
+    def test_the_command_may_use_the_same_database(self) -> None:
+        self.queue().write_many(["1\n", "2\n"])
+        broker = shlex.join([sys.executable, "-m", "simplebroker", "-f", "test.db"])
+        script = f"{broker} write r - && {broker} peek r --all"
+        self.assertRan(self.cli(*self.sh(script, "--drain")), b"1\n1\n2\n")
+        self.assertBodies(self.queue("r"), ["1\n", "2\n"])
 
     def test_failures_are_retried_with_growing_delays_and_end_in_the_dead_letter_queue(self) -> None:
         bodies = ["bytes\0\r\n", "", "é"]
