@@ -3005,8 +3005,11 @@ def read_stdin() -> Any:
     return sys.stdin.buffer
 
 
-def decode(data: bytes, what: str) -> str:
-    """Bytes as text, or a MessageError."""
+def decode(data: bytes, what: str, settings: Settings) -> str:
+    """Bytes as text, or a MessageError. Too many are not decoded: they may end inside a character."""
+    if len(data) > settings.max_message_size:
+        limit = f"the {settings.max_message_size} bytes that BROKER_MAX_MESSAGE_SIZE allows"
+        raise MessageError(f"{what} has more than {limit}")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -3017,7 +3020,7 @@ def decode(data: bytes, what: str) -> str:
 def message_text(operand: str, settings: Settings) -> str:
     """The body that an operand means: itself, or standard input for '-'."""
     data = read_stdin().read(settings.max_message_size + 1) if operand == "-" else os.fsencode(operand)
-    return decode(data, "the message")
+    return decode(data, "the message", settings)
 
 
 def run_write(options: Options) -> int | None:
@@ -3042,7 +3045,7 @@ def print_ids(options: Options, ids: list[int], outlet: Outlet | None) -> None:
 
 def write_lines(queue: Queue, options: Options) -> int | None:
     """Each line of standard input is a message. What has arrived is written in one transaction."""
-    limit = queue.broker.settings.max_message_size
+    settings = queue.broker.settings
     outlet = Outlet() if options.json or options.stamps else None
     progress = Progress("messages written", options)
     count, rest, ended = 0, b"", False
@@ -3050,11 +3053,11 @@ def write_lines(queue: Queue, options: Options) -> int | None:
         chunk = os.read(read_stdin().fileno(), BATCH_BYTES)
         ended = not chunk
         *lines, rest = (rest + chunk).split(b"\n")
-        lines += [rest] if rest and (ended or len(rest) > limit) else []
+        lines += [rest] if rest and (ended or len(rest) > settings.max_message_size) else []
         bodies: list[str] = []
         try:
             for line in lines:
-                bodies.append(check_body(decode(line, "it"), limit))
+                bodies.append(decode(line, "it", settings))
         except MessageError as error:
             raise MessageError(f"line {count + len(bodies) + 1}: {error}; the lines before it are written") from None
         finally:
