@@ -3362,9 +3362,16 @@ class Job:
 
 
 class DrainableWatcher(QueueWatcher):
-    """A watcher that can stop when its queue is drained."""
+    """A watcher that can stop when its queue is drained, and keeps the error that ended its thread."""
 
     drain = False
+    failure: BrokerError | OSError | None = None
+
+    def watch(self) -> None:
+        try:
+            super().watch()
+        except (BrokerError, OSError) as error:  # run_work() raises it in the main thread
+            self.failure = error
 
     def _idle(self) -> None:
         stats = self.queue.stats() if self.drain else None
@@ -3374,6 +3381,11 @@ class DrainableWatcher(QueueWatcher):
             self._alarm.wait(self.queue.broker.settings.max_interval_s)  # acknowledging rings no bell
         else:
             self.request_stop()
+
+
+def first_failure(job: Job, workers: list[DrainableWatcher]) -> BrokerError | OSError | None:
+    """Why the work cannot go on; None if it can."""
+    return job.failure or next((worker.failure for worker in workers if worker.failure is not None), None)
 
 
 def run_work(options: Options) -> int | None:
@@ -3404,10 +3416,11 @@ def run_work(options: Options) -> int | None:
         while any(thread.is_alive() for thread in threads):
             for thread in threads:
                 thread.join(SIGNAL_CHECK_S)
-            if job.failure is not None and not signals:
+            if first_failure(job, workers) is not None and not signals:
                 stop()
-    if job.failure is not None:
-        raise job.failure
+    error = first_failure(job, workers)
+    if error is not None:
+        raise error
     return DONE
 
 
