@@ -86,6 +86,7 @@ GIVEN_BACK = -1  # attempt of a message whose keeper gave it back
 BACKOFF_S = 0.5  # delay after the first failed attempt; doubles with each further one ...
 MAX_BACKOFF_S = 300.0  # ... up to this
 MAX_BATCH = 1000  # messages in one transaction of a long operation
+PAGE_BYTES = 2048  # of new databases: a small write is logged page by page, and 4096 make it 1.25 times slower
 BATCH_BYTES = 1 << 20  # a batch that is heavier than this makes the next one smaller ...
 FAST_BATCH_S = 0.1  # ... and so does one that its consumer worked on for longer than this
 NS = 1_000_000_000  # nanoseconds in a second
@@ -261,7 +262,7 @@ _RULES: tuple[tuple[str, str, object, Callable[[str], Any], str], ...] = (
     ("busy_timeout_ms", "BROKER_BUSY_TIMEOUT", 5000, _whole(0, 2**31 - 1), "whole milliseconds, such as 5000"),
     ("sync_mode", "BROKER_SYNC_MODE", "FULL", _one_of(FULL="FULL", NORMAL="NORMAL", OFF="OFF"), "FULL, NORMAL or OFF"),
     ("cache_mb", "BROKER_CACHE_MB", 10, _whole(1, 65536), "whole megabytes from 1"),
-    ("wal_autocheckpoint", "BROKER_WAL_AUTOCHECKPOINT", 1000, _whole(1, 10**9), "a whole number of pages from 1"),
+    ("wal_autocheckpoint", "BROKER_WAL_AUTOCHECKPOINT", 2000, _whole(1, 10**9), "a whole number of pages from 1"),
     ("max_message_size", "BROKER_MAX_MESSAGE_SIZE", 10 << 20, _whole(1, 10**9), "whole bytes from 1 to 1000000000"),
     ("max_interval_s", "BROKER_MAX_INTERVAL", 0.1, _seconds, "seconds from 0.001 to 60"),
     ("db_name", "BROKER_DEFAULT_DB_NAME", ".broker.db", _relative_file, "a relative file name without '..'"),
@@ -376,10 +377,11 @@ RECORD_LAST_ID = "UPDATE meta SET last_id = max(last_id, ?1)"
 ADVANCE_LAST_ID = f"UPDATE meta SET last_id = CASE WHEN {_LAST_ID} = ?1 THEN ?2 END"
 
 # Writes one message if ?1 is above the last id; else NULL violates the constraint (IntegrityError).
-# One statement that checks its own id costs half of BEGIN, SELECT, INSERT, COMMIT.
+# One statement that checks its own id costs half of BEGIN, SELECT, INSERT, COMMIT. (INSERT ... SELECT would
+# gather its rows in a temporary table first.)
 INSERT_MESSAGE = f"""\
 INSERT INTO messages (id, queue, body, held_until)
-SELECT ?1, CASE WHEN ?1 > {_LAST_ID} THEN ?2 END, ?3, ?4 FROM meta"""
+VALUES (?1, (SELECT CASE WHEN ?1 > {_LAST_ID} THEN ?2 END FROM meta), ?3, ?4)"""
 INSERT_ONE = "INSERT INTO messages (id, queue, body, held_until) VALUES (?1, ?2, ?4, ?3)"
 BATCH_ROWS = 64
 INSERT_BATCH = "INSERT INTO messages (id, queue, body, held_until) VALUES " + ", ".join(
@@ -667,8 +669,9 @@ def _nearest(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------
 
 LOCK_SUFFIX = ".lock"
-LOCK_PAUSE_S = 0.001  # one short sleep before blocking: measured best at 2, 8 and 16 processes
-LOCK_CHECK_S = 0.05  # how often the file is compared with its path when nothing else is amiss
+LOCK_PAUSE_S = 0.001  # between looks for the lock, before blocking
+LOCK_LOOKS = 3  # that the next in the queue takes before it blocks and so ends the holder's turn
+LOCK_CHECK_S = 0.1  # how often a waiter looks past its place in the queue, and the file is compared with its path
 
 
 def _lock(fd: int, block: bool) -> None:
@@ -684,6 +687,19 @@ def _unlock(fd: int) -> None:
         fcntl.flock(fd, fcntl.LOCK_UN)
     else:
         _windows_lock(fd, "LK_UNLCK")
+
+
+def _lock_turn(fd: int) -> bool:
+    """Wait to be the next for the lock. Only a courtesy: it is lost when the process closes the file elsewhere."""
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX, 1, 1 << 30)
+    except OSError:
+        return False
+    return True
+
+
+def _unlock_turn(fd: int) -> None:
+    fcntl.lockf(fd, fcntl.LOCK_UN, 1, 1 << 30)
 
 
 def _write_byte(fd: int) -> None:
@@ -727,28 +743,29 @@ class WriterLock:
         self._checked = 0.0  # monotonic time of the last comparison with the path
         self._waiter: _BlockedWaiter | None = None
 
-    def acquire(self, deadline: float, *, check: bool = False) -> None:
-        """Take the lock, blocking until the monotonic deadline; then OperationalError.
+    def acquire(self, deadline: float, *, check: bool = False) -> bool:
+        """Take the lock, blocking until the monotonic deadline; then OperationalError. Did it have to wait?
 
         ``check``: compare the file with its path in any case. Allowed while the lock is held.
         """
-        if self._fd is not None and self._waiter is None and self._usable and not check:
+        if self._fd is not None and self._usable and not check:
             try:  # the common case, short
                 _lock(self._fd, block=False)
                 if time.monotonic() - self._checked < LOCK_CHECK_S:
-                    return
+                    return False
             except OSError:
                 pass
         while self._usable:
             fd = self._fd if self._fd is not None else self._open()
             if fd is None:
-                return
+                return True
             self._take(fd, deadline)
-            if self._is_current(fd):
-                return
+            if self._is_current():
+                return True
             self.close()  # someone replaced the file: two holders could each own a lock of that name
         if self._fd is None:  # no locks here, but a doorbell
             self._open()
+        return True
 
     def release(self) -> None:
         """Let the next writer in."""
@@ -772,8 +789,10 @@ class WriterLock:
         """Close the file, which releases the lock if it was held."""
         fd, self._fd = self._fd, None
         waiter, self._waiter = self._waiter, None
-        if fd is not None and not (waiter is not None and waiter.abandon()):
+        if fd is not None:
             os.close(fd)
+        if waiter is not None:
+            waiter.close()
 
     def delete(self) -> None:
         """Remove the file, while holding it. Who waits for it notices, and takes the lock on a new one."""
@@ -783,9 +802,11 @@ class WriterLock:
 
     def forget_parent(self) -> None:
         """In a forked child: close the copy of the descriptor, which would keep the parent's lock alive."""
-        fd, self._fd, self._waiter = self._fd, None, None
-        if fd is not None:
-            os.close(fd)
+        if self._fd is not None:
+            os.close(self._fd)
+        if self._waiter is not None:
+            os.close(self._waiter.fd)
+        self._fd = self._waiter = None
 
     def _open(self) -> int | None:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
@@ -805,39 +826,39 @@ class WriterLock:
 
     def _take(self, fd: int, deadline: float) -> None:
         try:
-            if self._waiter is None or self._waiter.idle:
-                _lock(fd, block=False)
-                return
+            _lock(fd, block=False)
         except (BlockingIOError, PermissionError):
-            pass
+            if not self._wait(fd, deadline):
+                raise OperationalError(
+                    f"the database is busy: another process holds {self.path!r} for longer than BROKER_BUSY_TIMEOUT"
+                ) from None
         except (OSError, NotImplementedError):  # ENOSYS, ENOLCK, EOPNOTSUPP: no locks on this file system
             self._usable = False
-            return
-        if not self._wait(fd, deadline):
-            raise OperationalError(
-                f"the database is busy: another process holds {self.path!r} for longer than BROKER_BUSY_TIMEOUT"
-            )
 
     def _wait(self, fd: int, deadline: float) -> bool:
+        """Look again after a moment; then queue up, and still look: the next in the queue may be stopped."""
         while time.monotonic() < deadline:
-            if self._waiter is None or self._waiter.idle:
-                # The holder may be about to finish: one sleep is cheaper than two thread switches.
+            if self._waiter is None:
                 time.sleep(LOCK_PAUSE_S)
+            elif self._waiter.wait(min(deadline, time.monotonic() + LOCK_CHECK_S)):
+                self._fd, self._waiter.fd = self._waiter.fd, fd  # the lock belongs to the descriptor
+                return True
+            try:
+                _lock(fd, block=False)
+                return True
+            except OSError:
+                pass
+            if self._waiter is None and fcntl is not None:
                 try:
-                    _lock(fd, block=False)
-                    return True
-                except OSError:
+                    self._waiter = _BlockedWaiter(os.open(self.path, os.O_RDWR))
+                except OSError:  # it was deleted, or there is no descriptor left: go on looking
                     pass
-            if fcntl is not None:
-                if self._waiter is None:
-                    self._waiter = _BlockedWaiter(fd)
-                return self._waiter.wait(deadline)
         return False
 
-    def _is_current(self, fd: int) -> bool:
+    def _is_current(self) -> bool:
         self._checked = time.monotonic()
         try:
-            return os.path.samestat(os.stat(self.path), os.fstat(fd))
+            return self._fd is not None and os.path.samestat(os.stat(self.path), os.fstat(self._fd))
         except FileNotFoundError:
             return False
 
@@ -847,13 +868,18 @@ class _BlockedWaiter:
 
     The kernel serves blocked waiters in turn; polling processes starve each other (measured with 16
     writers: worst wait 0.1 s blocking, 0.3 to 0.9 s polling). flock() itself knows no timeout.
+
+    Handing over after each commit costs as much as the commit: another process wakes, and reads anew what
+    it had cached. So, on Linux, the waiters queue for a second lock, a range of the same file. Who has it is
+    the next: it looks LOCK_LOOKS times whether the writer lock is free, which leaves a busy holder a turn
+    of some milliseconds, and only then blocks in flock(), which ends that turn at the next commit.
     """
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self.fd = fd  # of its own: the owner uses his meanwhile
         self._guard = threading.Lock()  # guards the flags; held only to read or change them
         self._wanted = self._closed = False  # the owner waits; the owner has gone
-        self.idle = True  # the thread is not in flock()
+        self._idle = True  # the thread is not in flock()
         self._asked, self._granted = threading.Lock(), threading.Lock()  # binary semaphores, locked: not yet
         self._asked.acquire()
         self._granted.acquire()
@@ -863,8 +889,8 @@ class _BlockedWaiter:
         """Wait for the lock until the deadline. After that the thread keeps its place for the next wait."""
         with self._guard:
             self._wanted = True
-            if self.idle:
-                self.idle = False
+            if self._idle:
+                self._idle = False
                 self._asked.release()
         if self._granted.acquire(timeout=max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))):
             return True
@@ -872,30 +898,41 @@ class _BlockedWaiter:
             self._wanted = False
             return self._granted.acquire(blocking=False)
 
-    def abandon(self) -> bool:
-        """End the thread. True if it is blocked: then the descriptor is its own to close."""
+    def close(self) -> None:
+        """End the thread, now or when it comes out of flock(), and close the descriptor."""
         with self._guard:
             self._closed = True
-            if self.idle:
+            if self._idle:
                 self._asked.release()
-            return not self.idle
 
     def _serve(self) -> None:
         while True:
             self._asked.acquire()
-            if self._closed:
-                return
-            _lock(self._fd, block=True)
+            if not self._closed:
+                self._take_turn(self.fd)
             with self._guard:
                 if self._closed:
-                    _unlock(self._fd)  # a forked child may have a copy of the descriptor
-                    os.close(self._fd)
+                    _unlock(self.fd)  # a forked child may have a copy of the descriptor
+                    os.close(self.fd)
                     return
-                self.idle = True
+                self._idle = True
                 if self._wanted:
                     self._granted.release()
                 else:
-                    _unlock(self._fd)
+                    _unlock(self.fd)
+
+    def _take_turn(self, fd: int) -> None:
+        if sys.platform == "linux" and _lock_turn(fd):  # elsewhere the two kinds of locks are one
+            try:
+                for _ in range(LOCK_LOOKS):
+                    try:
+                        _lock(fd, block=False)
+                        return
+                    except BlockingIOError:
+                        time.sleep(LOCK_PAUSE_S)
+            finally:
+                _unlock_turn(fd)
+        _lock(fd, block=True)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1105,6 +1142,7 @@ class Attendant:
 
     def _start(self) -> None:
         self._guard = threading.Lock()  # guards the clients, the bell and the thread; held only to change them
+        self._joining = threading.Lock()  # for Thread.join(), which Python 3.9 does badly in two threads at once
         self._clients: set[Alarm | Chore] = set()
         self._thread: threading.Thread | None = None
         self._rung = False  # a commit of this process that no doorbell reported
@@ -1128,7 +1166,7 @@ class Attendant:
             self._clients.add(client)
             if self._bell is None:
                 self._bell = _Doorbell(self._bell_path)
-            if self._thread is None or not self._thread.is_alive():
+            if self._thread is None:
                 self._bell.attach()
                 # What is true now is taken before the client looks, so that it misses no change.
                 args = (self._bell, self._look(), self._next_due(self._clock()))
@@ -1145,8 +1183,11 @@ class Attendant:
             if self._clients or self._bell is None or thread is None:
                 return
             self._bell.interrupt()
-        while thread.is_alive() and not self._clients and thread is not threading.current_thread():
-            thread.join(FIRST_POLL_S)  # it ends, or a new client keeps it
+        ended = thread is threading.current_thread()
+        while not ended and not self._clients:  # it ends, or a new client keeps it
+            with self._joining:
+                thread.join(FIRST_POLL_S)
+                ended = not thread.is_alive()
 
     def is_current_thread(self) -> bool:
         """Is this an attendant's own thread?"""
@@ -1160,6 +1201,14 @@ class Attendant:
             bell.interrupt()
 
     def _serve(self, bell: _Doorbell, seen: object, due: int | None) -> None:
+        try:
+            self._attend(bell, seen, due)
+        except BaseException:  # from a runner: the next client starts another thread
+            with self._guard:
+                self._thread = None
+            raise
+
+    def _attend(self, bell: _Doorbell, seen: object, due: int | None) -> None:
         pause, news = FIRST_POLL_S, False
         while self._has_clients():
             now = self._clock()
@@ -1439,17 +1488,22 @@ class SQLiteRunner(SQLRunner):
         """Take the writer lock, and see that the connection is to the current file."""
         if self._connection is None:
             self._use_current_file()  # refuses a foreign file before a lock file is put beside it
-        self._lock.acquire(deadline)
+        waited = self._lock.acquire(deadline)
         try:
             self._use_current_file(deadline)
-            left_ms = max(0, int((deadline - time.monotonic()) * 1000))
-            waited = left_ms < self.settings.busy_timeout_ms - 50
-            if waited or self._waited:  # SQLite's own waiting gets what is left
-                self._execute(f"PRAGMA busy_timeout = {left_ms if waited else self.settings.busy_timeout_ms}")
-                self._waited = waited
+            if waited or self._waited:
+                self._share_timeout(deadline)
         except BaseException:
             self._lock.release()
             raise
+
+    def _share_timeout(self, deadline: float) -> None:
+        """SQLite's own waiting gets what is left."""
+        left_ms = max(0, int((deadline - time.monotonic()) * 1000))
+        waited = left_ms < self.settings.busy_timeout_ms - 50
+        if waited or self._waited:
+            self._execute(f"PRAGMA busy_timeout = {left_ms if waited else self.settings.busy_timeout_ms}")
+            self._waited = waited
 
     def _execute(self, sql: str, params: Sequence[Any] = ()) -> list[Any]:
         try:
@@ -1608,6 +1662,7 @@ class SQLiteRunner(SQLRunner):
         os.close(fd)  # the log of a deleted database that had this name is removed by SQLite, as this file is empty
 
     def _make_schema(self, deadline: float) -> None:
+        self._execute(f"PRAGMA page_size = {PAGE_BYTES}")
         while True:
             try:
                 self._execute("PRAGMA journal_mode = WAL")
@@ -2382,7 +2437,10 @@ class Queue:
                 last = rows[-1][0]
                 if last == rows[-1][3]:
                     run(RECORD_NEWEST)
-                run(DELETE_READY, (self.name, low, last + 1))
+                if len(rows) == 1:
+                    run(DELETE_MESSAGE, (last,))
+                else:
+                    run(DELETE_READY, (self.name, low, last + 1))
         return [Message(row[1], row[0], self.name, row[2]) for row in rows]
 
     def lease_many(self, lease_ns: int, low: int, high: int, limit: int) -> list[Message]:
@@ -2936,8 +2994,8 @@ class Progress:
 
     shown = False
 
-    def __init__(self, what: str, options: Options) -> None:
-        self._what, self._count, self._next_at = what, 0, time.monotonic() + 0.5
+    def __init__(self, what: str, options: Options, *, after_s: float = 0.5) -> None:
+        self._what, self._count, self._next_at = what, 0, time.monotonic() + after_s
         self._on = not options.quiet and sys.stderr is not None and sys.stderr.isatty()
 
     def add(self, number: int) -> None:
@@ -3264,6 +3322,7 @@ class Job:
     """What ``broker work`` does with a message: run the command, body on standard input."""
 
     KILL_AFTER_S = 5.0
+    OUTPUT_WAIT_S = 1.0  # after its end, as it may have left a process behind that keeps its output open
 
     def __init__(self, command: list[str], options: Options) -> None:
         self._command, self._options = command, options
@@ -3279,9 +3338,12 @@ class Job:
         process = self._start(message)
         try:
             errors: list[OSError] = []
-            for pump in [] if self._pass_through else self._pump(process, errors):
-                pump.join()
+            pumps = [] if self._pass_through else self._pump(process, errors)
             status = process.wait()
+            deadline = time.monotonic() + self.OUTPUT_WAIT_S
+            for pump in pumps:
+                while pump.is_alive() and self._expects_output(deadline):
+                    pump.join(SIGNAL_CHECK_S)
             if errors:
                 raise CommandFailed(f"its output cannot be passed on: {errors[0]}")
         finally:
@@ -3321,6 +3383,10 @@ class Job:
                 raise self.failure from error
             self._running.add(process)
         return process
+
+    def _expects_output(self, deadline: float) -> bool:
+        slow = self._print_guard.locked()  # whoever reads ours takes long
+        return not self._ending and (slow or time.monotonic() < deadline)
 
     def _pump(self, process: Any, errors: list[OSError]) -> list[threading.Thread]:
         """Pass on what the command prints, in whole lines."""
@@ -3444,9 +3510,8 @@ def run_vacuum(options: Options) -> int | None:
     broker = options.broker()
     if not os.path.exists(broker.path):
         return missing(broker.path)
-    before = os.path.getsize(broker.path)
+    Progress("bytes to vacuum", options, after_s=0).add(os.path.getsize(broker.path))
     broker.vacuum()
-    Progress("bytes given back", options).add(before - os.path.getsize(broker.path))
     return DONE
 
 
