@@ -987,7 +987,8 @@ class Chore:
     """Something that the attendant does for its owner from time to time."""
 
     period_s: float
-    next_at: float  # monotonic
+    next_at: float  # monotonic; when it failed, this is soon
+    warn_at: float = 0.0  # monotonic; it has failed for a whole period then
 
     def run(self) -> None:
         """Do it once, in the attendant's thread."""
@@ -1248,11 +1249,15 @@ class Attendant:
             chores = [client for client in self._clients if isinstance(client, Chore)]
         for chore in chores:
             if chore.next_at <= time.monotonic():
-                chore.next_at = time.monotonic() + chore.period_s
+                chore.warn_at = chore.warn_at or time.monotonic() + chore.period_s
                 try:
                     chore.run()
+                    chore.next_at, chore.warn_at = time.monotonic() + chore.period_s, 0.0
                 except (BrokerError, sqlite3.Error) as error:  # its owner meets the same error itself
-                    log_warning("renewing leases failed, trying again: %s", error)
+                    chore.next_at = time.monotonic() + min(chore.period_s, self._interval_s)
+                    if time.monotonic() >= chore.warn_at:
+                        chore.warn_at = 0.0
+                        log_warning("renewing leases fails, trying again: %s", error)
         return min([chore.next_at for chore in chores], default=time.monotonic() + self._interval_s)
 
     def _look(self) -> object:
@@ -1458,7 +1463,7 @@ class SQLiteRunner(SQLRunner):
         if not self._mutex.acquire(blocking=False) and not self._mutex.acquire(timeout=self._patience_s()):
             raise OperationalError(
                 f"the database is busy: another thread is in a transaction on {self.path!r} for longer than"
-                " BROKER_BUSY_TIMEOUT"
+                f" {self._patience_s():g} s (see BROKER_BUSY_TIMEOUT)"
             )
         return time.monotonic() + self._timeout_s
 

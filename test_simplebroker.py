@@ -1657,6 +1657,7 @@ class WriterLockTest(ForkTest):
                 if os.fork():
                     child.say("forked")
                 child.hear()  # the grandchild too, and it lives on
+                os._exit(0)
 
         child = self.child(work)
         self.assertEqual(child.hear(), "forked")
@@ -2404,48 +2405,78 @@ class FileChanges(ForkTest):
 
 @unittest.skipUnless(HAS_FORK and ON_LINUX, "needs RLIMIT_FSIZE")
 class FullDisk(ForkTest):
-    """A file-size limit in the middle of each kind of write: an error, nothing half done, and then it works."""
+    """No room in the middle of each kind of write: an error, nothing half done, and then it works."""
 
-    def test_each_kind_of_write(self) -> None:
-        import resource
+    BIG = "B" * 9000
+    WAYS: ClassVar[dict[str, Callable[[Broker], object]]] = {
+        "write": lambda broker: broker.queue("q").write(FullDisk.BIG * 200),
+        "write_many": lambda broker: broker.queue("q").write_many([FullDisk.BIG] * 200),
+        "move_many": lambda broker: broker.queue("q").move_many("other", 10**6),
+        "read_many": lambda broker: broker.queue("q").read_many(10**6),
+        "delete": lambda broker: broker.queue("q").delete(),
+        "broadcast": lambda broker: broker.broadcast(FullDisk.BIG * 200),
+        "load": lambda broker: broker.load([HEADER, *FullDisk.lines()]),
+    }
 
-        big = "B" * 9000
-        loaded = [json.dumps({"type": "message", "queue": "z", "body": big, "id": id}) for id in range(1, 200)]
+    @staticmethod
+    def lines() -> list[str]:
+        message = {"type": "message", "queue": "z", "body": FullDisk.BIG}
+        return [json.dumps({**message, "id": id}) for id in range(1, 200)]
 
-        def limit(size: int) -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-        ways: dict[str, Callable[[Broker], object]] = {
-            "write": lambda broker: broker.queue("q").write(big * 200),
-            "write_many": lambda broker: broker.queue("q").write_many([big] * 200),
-            "move_many": lambda broker: broker.queue("q").move_many("other", 10**6),
-            "read_many": lambda broker: broker.queue("q").read_many(10**6),
-            "delete": lambda broker: broker.queue("q").delete(),
-            "broadcast": lambda broker: broker.broadcast(big * 200),
-            "load": lambda broker: broker.load([HEADER, *loaded]),
-        }
-
-        def work(name: str, act: Callable[[Broker], object]) -> None:
-            path = self.dir / f"{name}.db"
-            broker = Broker(path, settings=Settings(sync_mode="OFF"))
+    def check(self, path: Path, act: Callable[[Broker], object], no_room: Any, reason: str) -> None:
+        """``with no_room():`` only the log can take something, and not enough."""
+        with Broker(path, settings=Settings(sync_mode="OFF")) as broker:
             broker.queue("q").write_many([f"{number:04} " * 40 for number in range(2500)])
             broker.vacuum()
             before = list(broker.dump())
-            limit(150_000)  # the file itself is larger: only the log can take something, and not enough
-            try:
-                with self.assertRaisesRegex(OperationalError, f"{name}.db"):
-                    act(broker)
-            finally:
-                limit(resource.RLIM_INFINITY)
+            with no_room(), self.assertRaisesRegex(OperationalError, reason) as caught:
+                act(broker)
+            self.assertIn(path.name, str(caught.exception))
             self.assertEqual(list(broker.dump()), before)
             act(broker)
             self.assertNotEqual(list(broker.dump()), before)
-            broker.close()
-            connection = sqlite3.connect(str(path))
-            self.assertEqual(connection.execute("PRAGMA integrity_check").fetchone(), ("ok",))
+        connection = sqlite3.connect(str(path))
+        self.assertEqual(connection.execute("PRAGMA integrity_check").fetchone(), ("ok",))
+        connection.close()
 
-        children = [self.child(lambda child, way=way: work(*way)) for way in ways.items()]
-        self.assertEqual(dict(zip(ways, [child.wait() for child in children])), dict.fromkeys(ways, 0))
+    def test_a_limit_of_the_size_of_a_file(self) -> None:
+        import resource
+
+        @contextmanager
+        def no_room() -> Iterator[None]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))
+            yield
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+        def work(name: str, act: Callable[[Broker], object]) -> None:
+            self.check(self.dir / f"{name}.db", act, no_room, "at a limit of its size|disk is full")
+
+        children = [self.child(lambda child, way=way: work(*way)) for way in self.WAYS.items()]
+        self.assertEqual(dict(zip(self.WAYS, [child.wait() for child in children])), dict.fromkeys(self.WAYS, 0))
+
+    @unittest.skipUnless(ON_LINUX and os.geteuid() == 0, "needs to mount")
+    def test_a_full_disk(self) -> None:
+        small = self.dir / "small"
+        small.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(small)]
+        subprocess.run(mount, check=True, capture_output=True)
+        self.addCleanup(subprocess.run, ["umount", str(small)], check=True)
+
+        @contextmanager
+        def no_room() -> Iterator[None]:
+            filler = small / "filler"
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while file.write(b"x" * 4096):
+                    pass
+            os.truncate(filler, filler.stat().st_size - 100_000)
+            yield
+            filler.unlink()
+
+        for name, act in self.WAYS.items():
+            with self.subTest(name):
+                self.check(small / f"{name}.db", act, no_room, "disk is full")
+                for path in small.iterdir():
+                    path.unlink()
 
 
 @unittest.skipUnless(HAS_FORK, "needs fork")
@@ -2485,7 +2516,7 @@ class CutLog(ForkTest):
                 lambda: broker.load([HEADER, *loaded]),
                 q.read,
                 lambda: other.read_many(2),
-                lambda: q.delete(),
+                q.delete,
                 lambda: [states.append(list(broker.dump())) for _ in broker.queue("z").move_batches("q")],
                 lambda: broker.queue("moved").delete(),
             ]
@@ -4471,6 +4502,32 @@ class LeaseKeeperTest(ConsumerTest):
         keeper.run()
         self.assertEqual(queue.read(after=released.id, wait=5), "b")
 
+    def test_a_renewal_that_fails_is_tried_again_soon_and_logged_when_it_goes_on_failing(self) -> None:
+        again = threading.Event()
+
+        class Failing(simplebroker.Chore):
+            runs = 0
+
+            def run(self) -> None:
+                self.runs += 1
+                if self.runs == 3:
+                    again.set()
+                raise OperationalError(f"failure {self.runs}")
+
+        attendant = simplebroker.Attendant(0.05)
+        for period_s, fails in ((1000.0, False), (0.06, True)):
+            again.clear()
+            chore = Failing()
+            chore.period_s, chore.next_at = period_s, time.monotonic()
+            log = self.assertLogs("simplebroker", "WARNING") if fails else contextlib.nullcontext()
+            with log as caught:
+                attendant.add(chore)
+                self.assertTrue(again.wait(SOON_S))
+                attendant.remove(chore)
+            if caught is not None:
+                self.assertRegex(caught.output[0], "renewing leases fails, trying again: failure [2-9]")
+        attendant.close()
+
     def test_forgotten_leases_end_by_themselves(self) -> None:
         keeper, queue = self.keeper(0.1), self.queue()
         queue.write("a")
@@ -5495,6 +5552,111 @@ class CrashTest(ConsumerTest):
         self.assertSound()
 
 
+@unittest.skipUnless(HAS_FORK, "needs fork")
+class SoakTest(ForkTest):
+    """Writers, readers, watchers and a vacuum on a deep queue, while one after the other is killed.
+
+    TEST_SOAK_S=1200 is the long run: at a depth of 100,000, synced, with figures at the end.
+    """
+
+    SECONDS = float(os.environ.get("TEST_SOAK_S", "20" if FULL else "2"))
+    DEPTH = 100_000 if SECONDS >= 60 else 2_000
+    VACUUM_S = min(60.0, SECONDS / 4)
+    KILL_S = 2.0 if SECONDS >= 60 else 0.2
+    LEASE_S = 10.0 if SECONDS >= 60 else 3.0
+    SETTINGS = Settings(sync_mode="FULL" if SECONDS >= 60 else "NORMAL")
+    ROLES = ("writer",) * 4 + ("reader",) * 4 + ("watcher",) * 2
+
+    def note(self, name: str) -> Callable[[str], None]:
+        """Append lines to a file of its own, whole or not at all."""
+        fd = os.open(self.dir / f"{name}.report", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        return lambda line: self.assertEqual(os.write(fd, line.encode() + b"\n"), len(line) + 1) or None
+
+    def write(self, name: str) -> None:
+        note, queue = self.note(name), self.queue("load", settings=self.SETTINGS)
+        for number in range(10**9):
+            if number % 200 == 0:
+                while queue.count() > self.DEPTH * 1.02:
+                    time.sleep(0.05)
+            body, begun = f"{name} {number} " + "x" * random.randrange(200), time.monotonic()
+            queue.write(body)
+            note(f"wrote {int(1000 * (time.monotonic() - begun))} {name} {number}")
+
+    def read(self, name: str) -> None:
+        note, queue = self.note(name), self.queue("load", settings=self.SETTINGS)
+        while True:
+            message = queue.lease(self.LEASE_S, wait=1)
+            if message is not None:
+                note("got 0 " + " ".join(message.split()[:2]))
+                queue.ack(message)
+            if random.random() < 0.01:
+                for message in queue.read_all(lease=self.LEASE_S):
+                    if random.random() < 0.01:
+                        break  # which gives it back
+                    note("got 0 " + " ".join(message.split()[:2]))
+
+    def watch(self, name: str) -> None:
+        note = self.note(name)
+        broker = self.broker(settings=self.SETTINGS)
+        handler = lambda message, timestamp: note("got 0 " + " ".join(message.split()[:2]))  # noqa: E731
+        QueueWatcher("load", handler, db=broker, lease=self.LEASE_S, max_attempts=10**6).watch()
+
+    def start(self, role: str, name: str) -> Child:
+        work = {"writer": self.write, "reader": self.read, "watcher": self.watch}[role]
+        return self.child(lambda child: work(name))
+
+    def test_nothing_is_lost_and_nothing_doubled_but_by_a_kill(self) -> None:
+        queue = self.queue("load", settings=self.SETTINGS)
+        for start in range(0, self.DEPTH, 1000):
+            queue.write_many([f"first {number} " + "x" * 100 for number in range(start, start + 1000)])
+        running = {
+            f"{role}{number}": (role, self.start(role, f"{role}{number}")) for number, role in enumerate(self.ROLES)
+        }
+        sizes, kills, killed_consumers, vacuums = [0, 0], 0, 0, 0
+        ends = time.monotonic() + self.SECONDS
+        kill_at, vacuum_at = time.monotonic() + self.KILL_S, time.monotonic() + self.VACUUM_S
+        while time.monotonic() < ends:
+            time.sleep(0.02)
+            sizes = [max(size, os.path.getsize(f"{self.path}{end}")) for size, end in zip(sizes, ("", "-wal"))]
+            if time.monotonic() >= vacuum_at:
+                vacuum_at += self.VACUUM_S
+                queue.broker.vacuum()
+                vacuums += 1
+            if time.monotonic() >= kill_at:
+                kill_at += random.uniform(0, 2 * self.KILL_S)
+                name = random.choice(list(running))
+                role, child = running.pop(name)
+                self.assertIsNone(child._status)
+                child.signal(signal.SIGKILL)
+                self.assertEqual(child.wait(), -signal.SIGKILL, name)
+                kills, killed_consumers = kills + 1, killed_consumers + (role != "writer")
+                running[f"{role}k{kills}"] = role, self.start(role, f"{role}k{kills}")
+        for name, (role, child) in running.items():
+            child.signal(signal.SIGKILL)
+            self.assertEqual(child.wait(), -signal.SIGKILL, name)
+            killed_consumers += role != "writer"
+        self.wait_for(lambda: not queue.stats().leased, "the leases to end")
+        rest = [" ".join(message.split()[:2]) for message in queue.read_all()]
+        lines = [line.split(" ", 2) for path in self.dir.glob("*.report") for line in path.read_text().splitlines()]
+        wrote = {line[2]: int(line[1]) for line in lines if line[0] == "wrote"}
+        got = Counter([line[2] for line in lines if line[0] == "got"] + rest)
+        doubled = sum(got.values()) - len(got)
+        figures = (
+            f"{self.SECONDS:g} s: {len(wrote):,} written, {len(got):,} consumed, {kills} kills, {doubled} doubled,"
+            f" {vacuums} vacuums, worst write {max(wrote.values())} ms, file at most {sizes[0] >> 10:,} KiB,"
+            f" log at most {sizes[1] >> 10:,} KiB"
+        )
+        if self.SECONDS >= 60:
+            print(figures, file=sys.stderr)
+        first = {f"first {number}" for number in range(self.DEPTH)}
+        self.assertEqual(len((wrote.keys() | first) - got.keys()), 0, figures)
+        self.assertLessEqual(doubled, killed_consumers, figures)  # each was handling one message
+        self.assertGreater(len(wrote), 100, figures)
+        self.assertLess(sizes[0], 1000 * self.DEPTH + (1 << 20), figures)
+        self.assertLess(sizes[1], 2 * sizes[0] + (16 << 20), figures)
+        self.assertEqual(sqlite3.connect(self.path).execute("PRAGMA integrity_check").fetchone(), ("ok",))
+
+
 # ---------------------------------------------------------------------------------------------------
 # The command line.
 # ---------------------------------------------------------------------------------------------------
@@ -5593,11 +5755,11 @@ def run_line(argv, input):
         os.ftruncate(output, 0)
     return (status, *printed)
 '''
-RUN_GIVEN_LINES = '''
+RUN_GIVEN_LINES = """
 for argv, input in json.loads(given):
     status, out, err = run_line(argv, input.encode("latin-1"))
     os.write(report, json.dumps([status, out.decode("latin-1"), err.decode("latin-1")]).encode() + b"\\n")
-'''
+"""
 # Tells on standard error that a method of simplebroker is called. It is for one that waits.
 WAITING = """\
 wait = {0}
@@ -6740,6 +6902,15 @@ class OutputTest(CommandTest):
             self.assertRan(each, b"")
         self.assertEqual(done[2].stderr, b"")
 
+    def test_a_vacuum_tells_a_terminal_what_it_is_about(self) -> None:
+        (loud, loud_end), (quiet, quiet_end) = self.terminal(), self.terminal()
+        self.queue().write("x")
+        for options, end in (([], loud_end), (["-q"], quiet_end)):
+            self.assertRan(self.finish(self.start("--vacuum", *options, stderr=end)), b"")
+            os.close(end)
+        self.assertRegex(self.read_until(loud, lambda data: False, "the end"), rb"bytes to vacuum: \d+,\d{3}\r?\n\Z")
+        self.assertEqual(self.read_until(quiet, lambda data: False, "the end"), b"")
+
     def test_bodies_and_errors_look_the_same_on_a_terminal(self) -> None:
         self.queue().write_many(["é", "b\n"])
         ours, theirs = self.terminal()
@@ -6980,6 +7151,19 @@ class WorkCommandTest(CommandTest):
         for pid in pids:
             with self.assertRaises(ProcessLookupError):
                 os.kill(int(pid), 0)
+
+    def test_a_process_that_a_command_leaves_behind_does_not_hold_up_the_work(self) -> None:
+        self.queue().write_many(["1\n", "2\n", "3\n", "4\n"])
+        # It keeps the output of the command open.
+        child = self.start("work", "q", "-j", "2", "--drain", "--", "sh", "-c", "sleep 60 & echo $! >>pids; cat")
+        try:
+            done = self.finish(child)
+        finally:
+            for pid in (self.dir / "pids").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+        self.assertRan(done)
+        self.assertEqual(sorted(done.stdout.splitlines()), [b"1", b"2", b"3", b"4"])
+        self.assertEqual(self.everything(), [])
 
     def test_a_command_that_ignores_the_end_is_killed_after_a_while(self) -> None:
         self.queue().write("1")
@@ -10230,7 +10414,8 @@ def broker_command() -> Path:
         "#!/bin/sh\n"
         "unset PYTHONDONTWRITEBYTECODE\n"
         f"PYTHONPYCACHEPREFIX={shlex.quote(scratch.name)} PYTHONPATH={shlex.quote(str(ROOT))} "
-        f"exec {shlex.quote(sys.executable)} -S -c 'import simplebroker; raise SystemExit(simplebroker.main())' \"$@\"\n"
+        f"exec {shlex.quote(sys.executable)} -S "
+        "-c 'import simplebroker; raise SystemExit(simplebroker.main())' \"$@\"\n"
     )
     path.chmod(0o755)
     return path
@@ -11282,3 +11467,133 @@ class BenchmarkProcesses(unittest.TestCase):
                 self.assertEqual(sorted(waits.values()), list(waits.values()))
                 self.assertIn(name, row["starved"])
             self.assertEqual(row["errors"]["simplebroker"], {})
+
+
+# ---------------------------------------------------------------------------------------------------
+# Running: the tests mostly wait for processes and times, so the classes run in as many processes as there are cores.
+# ---------------------------------------------------------------------------------------------------
+
+
+# PyPy 3.9 crashes in processes that were forked to run many tests.
+CAN_SHARE = HAS_FORK and sys.implementation.name == "cpython"
+JOBS = int(os.environ.get("TEST_JOBS", min(4, os.cpu_count() or 1))) if CAN_SHARE else 1
+
+
+class FailedElsewhere(Exception):
+    """The traceback of a test that ran in another process."""
+
+
+class Elsewhere:
+    """Stands for what is no test, such as setting up a class."""
+
+    failureException = AssertionError
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
+
+    id = __str__
+
+    def shortDescription(self) -> None:
+        """It has none."""
+
+
+class Events(unittest.TestResult):
+    """What a result is told about the tests of one class, for sending it on."""
+
+    def __init__(self, tests: list[unittest.TestCase]) -> None:
+        super().__init__()
+        self._numbers = {id(test): number for number, test in enumerate(tests)}
+        self.events: list[tuple[str, int | str, str | None]] = []
+
+    def _note(self, what: str, test: Any, text: str | None = None) -> None:
+        self.events.append((what, self._numbers.get(id(test), str(test)), text))
+
+    def addSuccess(self, test: Any) -> None:
+        self._note("addSuccess", test)
+
+    def addSkip(self, test: Any, reason: str) -> None:
+        self._note("addSkip", test, reason)
+
+    def addError(self, test: Any, err: Any) -> None:
+        self._note("addError", test, "".join(traceback.format_exception(*err)))
+
+    def addFailure(self, test: Any, err: Any) -> None:
+        self._note("addFailure", test, "".join(traceback.format_exception(*err)))
+
+    def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:
+        if err is not None:
+            self._note("addFailure", test, f"{subtest}\n" + "".join(traceback.format_exception(*err)))
+
+
+class ManyProcesses(unittest.TestSuite):
+    """Runs the suites in it, one for each class, in JOBS forked processes. Each takes the next that nobody has."""
+
+    def run(self, result: unittest.TestResult, debug: bool = False) -> unittest.TestResult:
+        classes = [suite for suite in self if isinstance(suite, unittest.TestSuite) and suite.countTestCases()]
+        tests = [[test for test in suite if isinstance(test, unittest.TestCase)] for suite in classes]
+        if JOBS < 2 or len(classes) < 2:
+            return super().run(result, debug)
+        take, give = os.pipe()
+        os.write(give, bytes(range(len(classes))))
+        os.close(give)
+        children = [Child(lambda child: self._work(child, take, classes, tests)) for _ in range(JOBS)]
+        os.close(take)
+        lock = threading.Lock()  # guards the result
+
+        def listen(child: Child) -> None:
+            number = -1
+            try:
+                while True:
+                    number, events = pickle.load(child._file)
+                    with lock:
+                        self._tell(result, events, tests[number])
+            except EOFError:
+                if child.wait():
+                    with lock:
+                        text = f"a process that ran tests ended with {child.wait()}"
+                        stranger: Any = Elsewhere("process")
+                        result.addError(stranger, (FailedElsewhere, FailedElsewhere(text), None))
+
+        listeners = [threading.Thread(target=listen, args=(child,)) for child in children]
+        try:
+            for child, listener in zip(children, listeners):
+                child._end.settimeout(None)
+                listener.start()
+            for listener in listeners:
+                listener.join()
+        finally:
+            for child in children:
+                child.end()
+        return result
+
+    @staticmethod
+    def _work(child: Child, take: int, classes: list[Any], tests: list[list[unittest.TestCase]]) -> None:
+        with child._end.makefile("wb") as reports:
+            while True:
+                number = os.read(take, 1)
+                if not number:
+                    break
+                result = Events(tests[number[0]])
+                classes[number[0]].run(result)
+                pickle.dump((number[0], result.events), reports)
+                reports.flush()
+        atexit._run_exitfuncs()
+
+    @staticmethod
+    def _tell(result: unittest.TestResult, events: list[Any], tests: list[unittest.TestCase]) -> None:
+        for what, number, text in events:
+            test: Any = tests[number] if isinstance(number, int) else Elsewhere(number)
+            result.startTest(test)
+            if what in ("addError", "addFailure"):
+                getattr(result, what)(test, (FailedElsewhere, FailedElsewhere(text), None))
+            else:
+                getattr(result, what)(test, *([] if text is None else [text]))
+            result.stopTest(test)
+
+
+def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: str | None) -> unittest.TestSuite:
+    """The protocol of unittest."""
+    return ManyProcesses(tests)

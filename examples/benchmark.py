@@ -766,7 +766,8 @@ def cli(bench: Bench) -> Iterator[Row]:
         "script": partial(run_ms, [sys.executable, str(script)]),
         "broker write": partial(run_ms, [*broker, "write", QUEUE, BODY]),
         "broker read": partial(run_ms, [*broker, "read", QUEUE]),
-        "with an option, broker read --json": partial(run_ms, [*broker, "read", "--json", QUEUE]),  # options need argparse
+        # Options need argparse.
+        "with an option, broker read --json": partial(run_ms, [*broker, "read", "--json", QUEUE]),
     }
     interleave(1, runs)  # fills the caches of bytecode and files
     times = interleave(bench.plan.cli_rounds, runs)
