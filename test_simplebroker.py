@@ -1991,6 +1991,12 @@ class RunnerTest(ForkTest):
         self.assertEqual(parent.communicate(timeout=DEADLINE_S)[0].split(), [b"20001"])
         self.assertEqual(self.queue().count(), 20_001)
 
+    def test_a_child_forked_while_a_queue_is_opened_can_open_one(self) -> None:
+        with simplebroker._shared_guard:
+            child = self.child(lambda child: self.queue().write("x"))
+            self.assertEqual(child.wait(), 0)
+        self.assertBodies(self.queue(), ["x"])
+
     def test_forks_at_any_moment_with_threads_running_neither_hang_nor_lose(self) -> None:
         queue = self.queue()
         stop = threading.Event()

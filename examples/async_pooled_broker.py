@@ -634,7 +634,11 @@ class AsyncBrokerCore:
         return connection
 
     async def _connect_reader(self) -> aiosqlite.Connection:
-        return await self._connect("query_only = ON")
+        connection = await self._connect("query_only = ON")
+        # The pool looks with "SELECT 1" whether a connection lives, and drops the cursor. Finish such statements: on
+        # PyPy they hold a snapshot until the next garbage collection, which crashes if the connection was closed.
+        connection.execute = connection.execute_fetchall  # type: ignore[method-assign, assignment]
+        return connection
 
     async def _fetch(self, statement: str, params: Sequence[Any]) -> list[Any]:
         self._writer.check_file()
