@@ -996,29 +996,38 @@ class Chore:
 
 
 class _Inotify:
-    """Linux: a descriptor that becomes readable when the watched file is written."""
+    """Linux: a descriptor that becomes readable when the watched file is written, or a directory gets a new one."""
 
     def __init__(self) -> None:
         import ctypes
 
         self._libc = ctypes.CDLL(None, use_errno=True)
         self.fd = self._libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._watch = -1
+        self._watch, self._directory = -1, False
         if self.fd < 0:
             raise OSError(ctypes.get_errno(), "inotify_init1 failed")
 
     def follow(self, path: str) -> None:
         if self._watch >= 0:
             self._libc.inotify_rm_watch(self.fd, self._watch)
-        self._watch = self._libc.inotify_add_watch(self.fd, os.fsencode(path), 2)  # IN_MODIFY
+        self._directory = os.path.isdir(path)
+        events = 0x180 if self._directory else 2  # IN_CREATE | IN_MOVED_TO; IN_MODIFY
+        self._watch = self._libc.inotify_add_watch(self.fd, os.fsencode(path), events)
         if self._watch < 0:
             raise OSError("inotify_add_watch failed")
 
-    def drain(self) -> bool:
-        """Forget the events; False if the file is gone, and with it the watch."""
-        events = os.read(self.fd, 65536)
-        masks = (int.from_bytes(events[at + 4 : at + 8], sys.byteorder) for at in range(0, len(events), 16))
-        return not any(mask & 0x8000 for mask in masks)  # IN_IGNORED
+    def drain(self) -> tuple[bool, bool]:
+        """Forget the events. Was a file written? Is what it follows still there?"""
+        import struct
+
+        events, at, written, there = os.read(self.fd, 65536), 0, False, True
+        while at < len(events):
+            watch, mask, _, name_bytes = struct.unpack_from("iIII", events, at)
+            current = watch == self._watch  # else of the file that it followed before
+            there = there and not (current and mask & 0x8000)  # IN_IGNORED
+            written = written or not (current and self._directory)
+            at += 16 + name_bytes
+        return written, there
 
     def close(self) -> None:
         os.close(self.fd)
@@ -1042,9 +1051,9 @@ class _Kqueue:
         if old >= 0:
             os.close(old)
 
-    def drain(self) -> bool:
+    def drain(self) -> tuple[bool, bool]:
         self._queue.control(None, 16, 0)
-        return True
+        return True, True
 
     def close(self) -> None:
         self._queue.close()
@@ -1058,7 +1067,8 @@ class _Doorbell:
     def __init__(self, path: str | None) -> None:
         self.hears = False  # wait() returns at every ring
         self._path = path
-        self._identity: tuple[int, int] | None = None
+        self._identity: tuple[int, int] | None = None  # of the file that it follows ...
+        self._awaits = False  # ... or it follows the directory in which that will be made
         self._source: Any = None
         self._pipe: tuple[int, int]
         self._interrupted = threading.Semaphore(0)
@@ -1083,16 +1093,21 @@ class _Doorbell:
         """Follow the path to the file that it names now. True if it is another one: rings may have been missed."""
         if self._source is None or self._path is None:
             return False
-        found = file_identity(self._path)
-        if found == self._identity:
+        before, found = self._identity, file_identity(self._path)
+        if found == before and (found is not None or self._awaits):
             return False
+        self._identity, self.hears = None, False
         try:
+            if found is None:
+                self._awaits = True
+                self._source.follow(os.path.dirname(self._path))
+                found = file_identity(self._path)  # made meanwhile?
             if found is not None:
                 self._source.follow(self._path)
-        except OSError:  # gone again, or out of watches
-            found = None
-        self._identity, self.hears = found, found is not None
-        return True
+                self._identity, self.hears, self._awaits = found, True, False
+        except OSError:  # gone again, no such directory, or out of watches
+            pass
+        return (before, self._identity) != (None, None)
 
     def wait(self, timeout: float) -> bool:
         """Sleep until someone rings (True), until interrupt(), or for timeout seconds."""
@@ -1102,9 +1117,12 @@ class _Doorbell:
         ready = [fd for fd, _ in self._poll.poll(timeout * 1000)]
         if self._pipe[0] in ready:
             os.read(self._pipe[0], 4096)
-        if self._source.fd in ready and not self._source.drain():
-            self._identity, self.hears = None, False
-        return self._source.fd in ready
+        if self._source.fd not in ready:
+            return False
+        written, there = self._source.drain()
+        if not there:
+            self._identity, self.hears, self._awaits = None, False, False
+        return written or not there or file_identity(str(self._path)) is not None
 
     def interrupt(self) -> None:
         """End the current or the next wait()."""

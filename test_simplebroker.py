@@ -4202,6 +4202,28 @@ class DoorbellTest(ConsumerTest):
         self.assertHandled(recorder, ["first"], SOON_S)
 
     @NEEDS_BELL
+    def test_the_making_of_the_file_is_heard(self) -> None:
+        bell = simplebroker._Doorbell(f"{self.path}.lock")
+        self.addCleanup(bell.close)
+        self.assertFalse(bell.attach())
+        (self.dir / "another").touch()
+        self.assertFalse(bell.wait(SOON_S))  # at once, and it means nothing
+        for _ in range(2):
+            self.queue().write("x")
+            begun = time.monotonic()
+            self.assertTrue(bell.wait(DEADLINE_S))
+            self.assertTrue(bell.attach())
+            self.assertTrue(bell.hears)
+            self.queue().write("y")
+            self.assertTrue(bell.wait(DEADLINE_S))
+            self.assertSoon(begun)
+            self.queue().broker.delete_database()
+            while bell.wait(0.1):
+                pass
+            bell.attach()  # it is gone
+            self.assertFalse(bell.hears)
+
+    @NEEDS_BELL
     def test_checkpoints_and_vacuum_do_not_disturb_it(self) -> None:
         recorder, other = Recorder(), self.other()
         other.write("x")

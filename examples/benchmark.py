@@ -7,8 +7,9 @@
     python benchmark.py --dir /var/lib/app      on the disk that counts
 
 Each row compares two things that were measured in turn in this run. The ratio comes first; it is the median of
-the ratios of the rounds. Speeds are per second (above 1: SimpleBroker is faster); waits, start-up, memory and
-processor time are costs (below 1: it needs less). Absolute numbers depend on the machine and its other work.
+the ratios of the rounds (for the worst wait, of the worst in all rounds). Speeds are per second (above 1:
+SimpleBroker is faster); waits, start-up, memory and processor time are costs (below 1: it needs less). Absolute
+numbers depend on the machine and its other work.
 
 The reference is what a program would write by hand: sqlite3 in WAL mode with the same synchronous setting, one
 table with an index on (queue, id), BEGIN IMMEDIATE, INSERT (or SELECT the first and DELETE it), COMMIT. Other
@@ -64,7 +65,10 @@ REDIS = ("127.0.0.1", 6379)
 ENOUGH_S = 8.0  # rounds beyond the fifth end after so long
 FAST_FSYNC_MS = 0.4  # on slower disks fewer operations are timed
 ANSWER_S = 60.0  # a child process that says nothing for so long is an error
-BOUND_WRITERS = 8  # the number of writing processes that the bounds are about
+# With 8 writing processes. At FULL on a slow disk the bare loop collapses, where fsync is fast it lets one process go
+# on at the speed of a single writer and starves the others: so the bound is to keep up with that, and to be fair.
+BOUNDS_OF_8: tuple[Any, Any] = ((">=", 0.6), ("<=", 0.1))
+BOUND_OF_16_MS = ("<=", 200.0)  # of the worst wait of all
 
 
 # Each setting for a normal run and for --quick. A round measures once, in turn, everything that is compared.
@@ -80,7 +84,7 @@ PLAN: dict[str, tuple[Any, Any]] = {
     "batch": (20_000, 5_000),
     "cli_rounds": (21, 5),
     "wakes": (200, 60),
-    "idle_s": (4.0, 1.5),
+    "idle_s": (10.0, 1.5),
     "backlog": (20_000, 5_000),
     "backlog_taken": (3_000, 500),  # of these, timed
 }
@@ -647,17 +651,19 @@ def load_rows(scenario: str, what: str, writers: int, other: str, loads: dict[st
         notes.append(f"{name}: waits " + ", ".join(f"{mark} {ms:.2f}" for mark, ms in middle[name].items()) + " ms")
         notes += [f"{name}: {starved[name]:g} processes got nothing done"] if starved[name] else []
         notes += [f"{name}: {count} times {error}" for error, count in errors[name].items()]
-    judged = (scenario, writers, other) == ("contention", BOUND_WRITERS, BARE.name)
+    judged = (scenario, other) == ("contention", BARE.name)
+    bounds = BOUNDS_OF_8 if judged and writers == 8 else (None, BOUND_OF_16_MS if judged and writers == 16 else None)
     rates = [[load.rate or 1e-9 for load in loads[name]] for name in names]
-    worst = [[w["max"] for w in of] for of in waits]
-    bounds: list[Any] = [(">=", 5.0), ("<=", 0.1)] if judged else [None, None]
+    worst = [[max(w["max"] for w in of)] for of in waits]
     yield compare(scenario, f"{what}, throughput", other, "/s", *rates, bound=bounds[0], more=more)
-    yield compare(scenario, f"{what}, worst wait", other, "ms", *worst, bound=bounds[1], notes=notes, more=more)
+    of = "ours" if bounds[1] is BOUND_OF_16_MS else "ratio"
+    worst_wait = f"{what}, worst wait"
+    yield compare(scenario, worst_wait, other, "ms", *worst, bound=bounds[1], bound_of=of, notes=notes, more=more)
 
 
 def contention(bench: Bench) -> Iterator[Row]:
     for writers in bench.plan.writers:
-        kinds = [OURS, BARE, *(bench.others(bench.sync) if writers == BOUND_WRITERS else ())]
+        kinds = [OURS, BARE, *(bench.others(bench.sync) if writers == bench.plan.writers[-1] else ())]
         runs = {kind.name: partial(run_load, bench, kind, bench.fresh(), writers, 0) for kind in kinds}
         loads = interleave(bench.plan.rounds, runs)
         for kind in kinds[1:]:
