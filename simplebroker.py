@@ -741,6 +741,7 @@ class WriterLock:
         self._fd: int | None = None
         self._usable = True
         self._checked = 0.0  # monotonic time of the last comparison with the path
+        self._identity: tuple[int, int] | None = None  # of the file, as it was found then
         self._waiter: _BlockedWaiter | None = None
 
     def acquire(self, deadline: float, *, check: bool = False) -> bool:
@@ -772,18 +773,18 @@ class WriterLock:
         if self._fd is not None and self._usable:
             _unlock(self._fd)
 
-    def ring(self) -> bool:
-        """Wake the watchers of all processes: one byte, after the commit and before release().
+    def ring(self) -> tuple[int, int] | None:
+        """Wake the watchers of all processes: one byte, after the commit and before release(). Which file rang?
 
-        False if that is impossible: the watchers find the commit by looking, a little later.
+        None if that is impossible: the watchers find the commit by looking, a little later.
         """
         if self._fd is None:
-            return False
+            return None
         try:
             _write_byte(self._fd)
         except OSError:  # a full disk
-            return False
-        return True
+            return None
+        return self._identity
 
     def close(self) -> None:
         """Close the file, which releases the lock if it was held."""
@@ -857,10 +858,10 @@ class WriterLock:
 
     def _is_current(self) -> bool:
         self._checked = time.monotonic()
-        try:
-            return self._fd is not None and os.path.samestat(os.stat(self.path), os.fstat(self._fd))
-        except FileNotFoundError:
-            return False
+        if self._fd is not None:
+            mine = os.fstat(self._fd)
+            self._identity = mine.st_dev, mine.st_ino
+        return self._identity == file_identity(self.path)
 
 
 class _BlockedWaiter:
@@ -1065,10 +1066,9 @@ class _Doorbell:
     """How the attendant sleeps: on a notification of the lock file, or, where there is none, by the clock."""
 
     def __init__(self, path: str | None) -> None:
-        self.hears = False  # wait() returns at every ring
         self._path = path
-        self._identity: tuple[int, int] | None = None  # of the file that it follows ...
-        self._awaits = False  # ... or it follows the directory in which that will be made
+        self.identity: tuple[int, int] | None = None  # of the file that it follows: wait() returns at every ring
+        self._awaits = False  # it follows the directory in which that will be made
         self._source: Any = None
         self._pipe: tuple[int, int]
         self._interrupted = threading.Semaphore(0)
@@ -1093,10 +1093,10 @@ class _Doorbell:
         """Follow the path to the file that it names now. True if it is another one: rings may have been missed."""
         if self._source is None or self._path is None:
             return False
-        before, found = self._identity, file_identity(self._path)
+        before, found = self.identity, file_identity(self._path)
         if found == before and (found is not None or self._awaits):
             return False
-        self._identity, self.hears = None, False
+        self.identity = None
         try:
             if found is None:
                 self._awaits = True
@@ -1104,10 +1104,10 @@ class _Doorbell:
                 found = file_identity(self._path)  # made meanwhile?
             if found is not None:
                 self._source.follow(self._path)
-                self._identity, self.hears, self._awaits = found, True, False
+                self.identity, self._awaits = found, False
         except OSError:  # gone again, no such directory, or out of watches
             pass
-        return (before, self._identity) != (None, None)
+        return (before, self.identity) != (None, None)
 
     def wait(self, timeout: float) -> bool:
         """Sleep until someone rings (True), until interrupt(), or for timeout seconds."""
@@ -1121,7 +1121,7 @@ class _Doorbell:
             return False
         written, there = self._source.drain()
         if not there:
-            self._identity, self.hears, self._awaits = None, False, False
+            self.identity, self._awaits = None, False
         return written or not there or file_identity(str(self._path)) is not None
 
     def interrupt(self) -> None:
@@ -1212,10 +1212,11 @@ class Attendant:
         """Is this an attendant's own thread?"""
         return threading.current_thread().name == ATTENDANT_NAME
 
-    def ring(self, rung: bool) -> None:
-        """A commit of this process may have made a message deliverable. Did the doorbell ring for it?"""
+    def ring(self, rang: tuple[int, int] | None) -> None:
+        """A commit of this process may have made a message deliverable; this file rang for it, or none. It may be
+        one that was deleted, and which nobody follows."""
         bell = self._bell
-        if self._thread is not None and bell is not None and not (rung and bell.hears):
+        if self._thread is not None and bell is not None and (rang is None or rang != bell.identity):
             self._rung = True
             bell.interrupt()
 
@@ -1239,7 +1240,7 @@ class Attendant:
             if news or self.stale:
                 self.stale = False
                 due = self._next_due(now)
-            pause = self._interval_s if bell.hears else FIRST_POLL_S if news else min(2 * pause, self._interval_s)
+            pause = self._interval_s if bell.identity else FIRST_POLL_S if news else min(2 * pause, self._interval_s)
             timeout = min(pause, max(0.0, self._run_chores() - time.monotonic()))
             if due is not None:
                 timeout = min(timeout, max(0, due - self._clock()) / NS)
