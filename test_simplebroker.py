@@ -2924,6 +2924,7 @@ class QueueContract:
 
     path: Path
     thorough = True  # with all combinations
+    DELAY_S = 0.4  # in which three operations are done
 
     def write(self, queue: str, body: str, delay: float = 0) -> int:
         return self.q(queue).write(body, delay=delay)
@@ -3094,7 +3095,7 @@ class QueueContract:
         self.assertEqual(self.queues(), {"other": (1, 0, 0)})
 
     def test_a_delayed_message_is_held_and_then_in_its_old_place(self: Any) -> None:
-        id = self.write("q", "delayed", delay=0.4)
+        id = self.write("q", "delayed", delay=self.DELAY_S)
         self.write("q", "ready")
         self.assertEqual(self.queues(), {"q": (1, 0, 1)})
         self.assertEqual(
@@ -3193,6 +3194,7 @@ class ContractOfCommandLine(QueueContract, CoreTest):
     """Each operation is a process that runs main()."""
 
     thorough = False
+    DELAY_S = 2.0
 
     def command(self, *args: str, stdin: str = "", statuses: tuple[int, ...] = (0, 2)) -> tuple[int, list[str]]:
         """The exit status and the lines of the output."""
