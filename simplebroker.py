@@ -851,7 +851,7 @@ class WriterLock:
                 pass
             if self._waiter is None and fcntl is not None:
                 try:
-                    self._waiter = _BlockedWaiter(os.open(self.path, os.O_RDWR))
+                    self._waiter = _BlockedWaiter(os.open(self.path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)))
                 except OSError:  # it was deleted, or there is no descriptor left: go on looking
                     pass
         return False
