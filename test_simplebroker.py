@@ -5700,7 +5700,8 @@ class SoakTest(ForkTest):
         self.assertLessEqual(doubled, killed_consumers, figures)  # each was handling one message
         self.assertGreater(len(wrote), 100, figures)
         self.assertLess(sizes[0], 1000 * self.DEPTH + (1 << 20), figures)
-        self.assertLess(sizes[1], 2 * sizes[0] + (16 << 20), figures)
+        if simplebroker.fcntl is not None:  # else no checkpoint finds a moment in which nobody reads and writes
+            self.assertLess(sizes[1], 2 * sizes[0] + (16 << 20), figures)
         self.assertEqual(sqlite3.connect(self.path).execute("PRAGMA integrity_check").fetchone(), ("ok",))
 
 
