@@ -745,7 +745,7 @@ class WriterLock:
         self._waiter: _BlockedWaiter | None = None
 
     def acquire(self, deadline: float, *, check: bool = False) -> bool:
-        """Take the lock, blocking until the monotonic deadline; then OperationalError. Did it have to wait?
+        """Take the lock, blocking until the monotonic deadline; then OperationalError. True: it may have taken a while.
 
         ``check``: compare the file with its path in any case. Allowed while the lock is held.
         """

@@ -2,7 +2,7 @@
 
 One TestCase per room of simplebroker.py, in the order of the rooms, then the command line, crashes and
 the examples. What needs an optional tool is skipped without it. FULL_TESTS=1 repeats the random ones
-more often.
+more often, TEST_JOBS=1 runs the classes one after the other, TEST_SOAK_S=1200 makes the soak test last so long.
 """
 
 from __future__ import annotations
@@ -4226,6 +4226,62 @@ class DoorbellTest(ConsumerTest):
             self.assertIsNone(bell.identity)
 
     @NEEDS_BELL
+    def test_a_ring_of_a_file_that_was_just_deleted_is_heard(self) -> None:
+        lock = Path(f"{self.path}.lock")
+        bell = simplebroker._Doorbell(str(lock))
+        self.addCleanup(bell.close)
+        with lock.open("wb", buffering=0) as file:
+            bell.attach()
+            lock.unlink()
+            file.write(b"x")
+            bell.attach()  # it awaits the next file now, with the ring of this one unread
+            self.assertTrue(bell.wait(SOON_S))
+
+    @NEEDS_BELL
+    def test_a_file_that_is_made_between_a_look_and_the_watch_is_followed(self) -> None:
+        lock = Path(f"{self.path}.lock")
+        bell = simplebroker._Doorbell(str(lock))
+        self.addCleanup(bell.close)
+        looks: list[bool] = []
+
+        def made_after_the_first_look(path: str) -> tuple[int, int] | None:
+            looks.append(True)
+            if len(looks) == 1:
+                lock.touch()
+                return None
+            found = os.stat(path)
+            return found.st_dev, found.st_ino
+
+        with mock.patch.object(simplebroker, "file_identity", made_after_the_first_look):
+            self.assertTrue(bell.attach())
+        lock.write_bytes(b"x")
+        self.assertTrue(bell.wait(SOON_S))
+
+    def test_an_attendant_that_an_error_ended_is_replaced(self) -> None:
+        fail = threading.Event()
+
+        def look() -> int:
+            if fail.is_set():
+                raise ZeroDivisionError
+            return 0
+
+        attendant = simplebroker.Attendant(0.01, None, look)
+        first, second = simplebroker.Alarm(attendant), simplebroker.Alarm(attendant)
+        with mock.patch.object(threading, "excepthook", lambda args: None):
+            attendant.add(first)
+            thread = attendant._thread
+            assert thread is not None
+            fail.set()
+            thread.join(DEADLINE_S)
+        fail.clear()
+        attendant.remove(first)
+        attendant.add(second)
+        self.addCleanup(attendant.remove, second)
+        self.assertIsNot(attendant._thread, thread)
+        attendant.ring(None)
+        self.assertTrue(second.wait(SOON_S))
+
+    @NEEDS_BELL
     def test_checkpoints_and_vacuum_do_not_disturb_it(self) -> None:
         recorder, other = Recorder(), self.other()
         other.write("x")
@@ -7213,6 +7269,15 @@ class WorkCommandTest(CommandTest):
         self.assertRan(done)
         self.assertEqual(sorted(done.stdout.splitlines()), [b"1", b"2", b"3", b"4"])
         self.assertEqual(self.everything(), [])
+
+    def test_output_that_is_read_slowly_is_waited_for(self) -> None:
+        self.queue().write("1")
+        hasty = "simplebroker.Job.OUTPUT_WAIT_S = 0.05"
+        script = "head -c 300000 /dev/zero | tr '\\0' x; echo"  # more than fits into the pipes
+        child = self.start_patched(hasty, *self.sh(script, "-j", "2", "--drain"))
+        self.assertIsNone(self.outlasts(child, 0.5))
+        self.assertEqual(self.queue().stats().leased, 1)
+        self.assertRan(self.finish(child), b"x" * 300_000 + b"\n")
 
     def test_a_command_that_ignores_the_end_is_killed_after_a_while(self) -> None:
         self.queue().write("1")
