@@ -10160,6 +10160,28 @@ class AsyncConsumerTests(AsyncCase):
             self.assertEqual((worker.failed, worker.handled, (await queue.stats()).total), (1, 1, 0))
 
     @in_loop
+    async def test_a_message_given_back_just_after_the_last_look_is_not_left(self) -> None:
+        async def handler(message: Message) -> None:
+            if message.attempt == 1:
+                raise ValueError
+
+        async with self.open() as core:
+            queue = core.queue("q")
+            await queue.write("x")
+            worker = self.example.AsyncWorker(queue, handler, backoff=0.0, drain=True)
+            take = worker._take
+
+            async def take_and_dawdle(free: int, *, look_first: bool) -> list[Message]:
+                found = await take(free, look_first=look_first)
+                while worker._running and not found:
+                    await asyncio.sleep(0.001)
+                return found
+
+            with mock.patch.object(worker, "_take", take_and_dawdle), self.assertLogs("simplebroker.async", "WARNING"):
+                await worker.run()
+            self.assertEqual((worker.failed, worker.handled, (await queue.stats()).total), (1, 1, 0))
+
+    @in_loop
     async def test_what_was_handled_is_acknowledged_although_the_worker_is_cancelled(self) -> None:
         handled = asyncio.Event()
         lock = WriterLock(self.path)

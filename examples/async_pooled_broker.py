@@ -1136,7 +1136,8 @@ class AsyncWorker:
                 self._running.add(task)
                 task.add_done_callback(self._ended)
             if not batch:
-                if self._drain and not self._running:
+                # What gave its message back after the look has set the event, and it is there again.
+                if self._drain and not self._running and not changed.is_set():
                     return
                 await wait_for_event(changed, math.inf)
 
