@@ -1372,7 +1372,7 @@ class SQLiteRunner(SQLRunner):
         self._connection: sqlite3.Connection | None = None
         self._cursor: sqlite3.Cursor
         self._start()
-        _runners.add(self)
+        _runners[weakref.ref(self, _runners.pop)] = None
 
     def _start(self) -> None:
         # Guards the connection, the writer lock and the fields below. The thread that is in a
@@ -1802,7 +1802,9 @@ class _Snapshot(SQLiteRunner):
         self.close()
 
 
-_runners: weakref.WeakSet[SQLiteRunner] = weakref.WeakSet()  # all of this process, for fork
+# All of this process, for fork. A WeakSet fails when a thread adds to it, or PyPy collects, while it is listed;
+# listing, adding to and taking from a dict are one step each.
+_runners: dict[weakref.ref[SQLiteRunner], None] = {}
 _shared: dict[tuple[Any, ...], tuple[SQLiteRunner, int]] = {}  # those that queues share, and how many do
 _shared_guard = threading.Lock()  # guards _shared; held only to change it
 
@@ -1830,8 +1832,10 @@ def give_back_runner(runner: SQLiteRunner) -> None:
 
 def _each_runner(act: Callable[[SQLiteRunner], None]) -> Callable[[], None]:
     def hook() -> None:
-        for runner in list(_runners):
-            act(runner)
+        for reference in list(_runners):
+            runner = reference()
+            if runner is not None:
+                act(runner)
 
     return hook
 

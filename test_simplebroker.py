@@ -2030,6 +2030,31 @@ class RunnerTest(ForkTest):
         self.assertEqual(queue.count(), sum(counts))
         self.assertEqual(self.queue("children").count(), 180 if FULL else 36)
 
+    def test_a_fork_overlooks_no_runner_while_threads_make_and_drop_others(self) -> None:
+        kept = {SQLiteRunner(self.path) for _ in range(200)}
+        seen: set[SQLiteRunner] = set()
+        visit = simplebroker._each_runner(seen.add)  # what a fork calls, but for what it does to each
+        stop = threading.Event()
+        made: list[int] = []
+
+        def work() -> None:
+            while not stop.is_set():
+                made.append(id(SQLiteRunner(self.path)))
+
+        interval = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, interval)
+        sys.setswitchinterval(1e-6)
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            while len(made) < 500 and thread.is_alive():
+                seen.clear()
+                visit()
+                self.assertEqual(kept - seen, set())
+        finally:
+            stop.set()
+            thread.join(DEADLINE_S)
+
     def test_a_custom_runner_stays_the_callers(self) -> None:
         runner = PlainRunner(self.path)
         with Queue("q", runner=runner) as queue, Broker(runner=runner) as broker:
@@ -11286,15 +11311,19 @@ class ExampleCase(unittest.TestCase):
         """Run Python in the test's directory, with nothing on its path but these directories."""
         environ = {name: value for name, value in os.environ.items() if not name.startswith(("BROKER_", "PYTHONPATH"))}
         environ.update(PYTHONPATH=os.pathsep.join(map(str, path)), PYTHONIOENCODING="utf-8")
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=cwd or self.dir,
-            env=environ,
-            capture_output=True,
-            timeout=LIMIT_S,
-            text=True,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, *arguments],
+                cwd=cwd or self.dir,
+                env=environ,
+                capture_output=True,
+                timeout=LIMIT_S,
+                text=True,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            said = (error.stdout or b"") + (error.stderr or b"")
+            self.fail(f"{arguments} hangs, and said: {said.decode(errors='replace')}")
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
         return done
 
@@ -11307,7 +11336,7 @@ class SqliteConnectExampleTest(ExampleCase):
         self.assertRegex(done.stderr, r"\nOK( \(skipped=\d+\))?\n\Z")
 
     def test_its_own_suite_passes(self) -> None:
-        self.assertSuitePassed(self.python("-m", "unittest", "examples/test_sqlite_connect.py", cwd=ROOT), 50)
+        self.assertSuitePassed(self.python("-m", "unittest", "-v", "examples/test_sqlite_connect.py", cwd=ROOT), 50)
 
     def test_its_own_suite_can_be_run_in_its_directory(self) -> None:
         done = self.python("-m", "unittest", "-k", "PathTest", "test_sqlite_connect.py", cwd=EXAMPLES)

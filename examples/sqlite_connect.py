@@ -39,7 +39,7 @@ from functools import wraps
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar, Union
-from weakref import WeakSet
+from weakref import ref
 
 TIMEOUT_S = 5.0  # how long a call waits for locks before it fails
 PRAGMAS = ("synchronous = FULL", "trusted_schema = OFF", "foreign_keys = ON")  # of every connection
@@ -137,9 +137,14 @@ def retry_busy(connection: sqlite3.Connection, operation: Callable[[], T], timeo
 
 # --- Fork ---
 
-_connections: WeakSet[Connection] = WeakSet()  # all of this process
-_holders: WeakSet[FileLock | Database] = WeakSet()
+# All of this process. Not in a WeakSet, which cannot be listed while a thread adds to it or PyPy collects.
+_connections: dict[ref[Connection], None] = {}
+_holders: dict[ref[FileLock | Database], None] = {}
 _inherited: list[Connection] = []  # those of the parent
+
+
+def _living(references: dict[ref[T], None]) -> list[T]:
+    return [thing for thing in [reference() for reference in list(references)] if thing is not None]
 
 
 def _after_fork_in_child() -> None:
@@ -149,12 +154,12 @@ def _after_fork_in_child() -> None:
     back in memory that both share, which destroys what the parent is about to commit. So each gets a reference
     that nobody gives back. PyPy counts no references, and frees nothing at exit.
     """
-    _inherited.extend(_connections)
+    _inherited.extend(_living(_connections))
     _connections.clear()
     if sys.implementation.name == "cpython":
         for connection in _inherited:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
-    for holder in list(_holders):
+    for holder in _living(_holders):
         holder.start_anew()
 
 
@@ -173,7 +178,7 @@ class Connection(sqlite3.Connection):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.pid = os.getpid()
         super().__init__(*args, **kwargs)
-        _connections.add(self)
+        _connections[ref(self, _connections.pop)] = None
 
     def check_process(self) -> None:
         """ForkedError in a forked child."""
@@ -275,7 +280,7 @@ class FileLock:
         self.path = os.path.abspath(path)
         self._mutex = threading.Lock()  # held together with the lock: keeps the threads of this process apart
         self._fd: int | None = None  # open while the lock is held
-        _holders.add(self)
+        _holders[ref(self, _holders.pop)] = None
 
     def acquire(self, timeout_s: float = TIMEOUT_S) -> None:
         """Take the lock; LockTimeout if it is not free within timeout_s (0: try once)."""
@@ -363,7 +368,7 @@ class Database:
         self._writer_lock = FileLock(self.path + ".lock")
         self._closed = False
         self.start_anew()
-        _holders.add(self)
+        _holders[ref(self, _holders.pop)] = None
 
     def start_anew(self) -> None:
         """Have no connections, as at first; also in a forked child."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -17,6 +18,8 @@ import threading
 import time
 import types
 import unittest
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -40,7 +43,8 @@ from sqlite_connect import (  # noqa: E402  (found beside this file)
 
 LONG_S = 60.0  # nothing should take so long; a deadline that ends a test that hangs
 HEAD = """
-import gc, os, sqlite3, sys, threading
+import faulthandler, gc, os, sqlite3, sys, threading
+faulthandler.enable()  # for SIGABRT, which finish() sends to what hangs
 sys.path.insert(0, sys.argv[1])
 from sqlite_connect import *
 PATH = sys.argv[2]
@@ -57,6 +61,8 @@ posix_only = unittest.skipUnless(os.name == "posix", "needs POSIX permissions")
 
 
 class Case(unittest.TestCase):
+    maxDiff = None  # what a process said is needed whole
+
     def setUp(self) -> None:
         directory = tempfile.TemporaryDirectory()
         self.addCleanup(directory.cleanup)
@@ -83,14 +89,34 @@ class Case(unittest.TestCase):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             universal_newlines=True,
+            start_new_session=True,  # so that its forked children can be ended with it
         )
         self.addCleanup(process.communicate)
-        self.addCleanup(process.kill)
+        self.addCleanup(self.end, process, getattr(signal, "SIGKILL", signal.SIGTERM))
         return process
+
+    def end(self, process: subprocess.Popen[str], number: int) -> None:
+        """Send a signal to the process and its children."""
+        try:
+            os.killpg(process.pid, number) if os.name == "posix" else process.kill()
+        except ProcessLookupError:
+            pass
+
+    @contextmanager
+    def limited(self, process: subprocess.Popen[str]) -> Iterator[None]:
+        """Reading from the process in this block takes LONG_S at most: then it says where it hangs, and ends."""
+        watchdog = threading.Timer(LONG_S, self.end, (process, signal.SIGABRT))
+        watchdog.start()
+        try:
+            yield
+        finally:
+            watchdog.cancel()
+            watchdog.join()
 
     def hear(self, process: subprocess.Popen[str], word: str) -> None:
         assert process.stdout is not None
-        heard = process.stdout.readline().strip()
+        with self.limited(process):
+            heard = process.stdout.readline().strip()
         if heard != word:
             self.fail(f"heard {heard!r} instead of {word!r}: {process.communicate(timeout=LONG_S)[1]}")
 
@@ -101,7 +127,8 @@ class Case(unittest.TestCase):
 
     def finish(self, process: subprocess.Popen[str]) -> str:
         """Wait until the process and its children are gone; return what it still said."""
-        out, err = process.communicate(timeout=LONG_S)
+        with self.limited(process):
+            out, err = process.communicate()
         self.assertEqual((process.returncode, err), (0, ""), out)
         return out.strip()
 
@@ -725,6 +752,29 @@ class ForkTest(Case):
                     tell("mine")
         """)
         self.assertEqual(said, "mine")
+
+    def test_a_fork_while_threads_make_and_drop_locks_overlooks_none(self) -> None:
+        said = self.run_python("""
+            lock, done, kept = FileLock(PATH), threading.Event(), []
+
+            def work():
+                while not done.is_set():
+                    kept[:] = [FileLock(PATH + ".more") for _ in range(50)]
+
+            sys.setswitchinterval(1e-6)
+            worker = threading.Thread(target=work)
+            worker.start()
+            for _ in range(50):
+                with lock.hold():
+                    child = os.fork()
+                    if not child:
+                        os._exit(lock._fd is not None)  # its copy is closed
+                if os.waitpid(child, 0)[1]:
+                    tell("overlooked")
+            done.set()
+            worker.join()
+        """)
+        self.assertEqual(said, "")
 
     def test_the_class_says_which_process_a_connection_belongs_to(self) -> None:
         connection = self.numbers().connection()
