@@ -21,6 +21,7 @@ Limits
     Autocommit mode: a statement outside transaction() commits by itself and does not queue for the file lock.
     The first call in a thread opens its connection, which has a deadline of its own.
     Finish with your cursors before you fork: a child must not touch those that it inherits.
+    Fetch the rows of a statement to the end before its connection is closed (PyPy may crash otherwise).
     Paths are checked once: keep databases where nobody else may replace directories or links.
     Do not delete or replace a database file that is in use. WAL does not work on network file systems.
 """
@@ -117,13 +118,14 @@ def retry_busy(connection: sqlite3.Connection, operation: Callable[[], T], timeo
 
     SQLite's busy handler waits for what is left of that time, and this loop for what the handler does not
     cover: the change to WAL, recovery and possible deadlocks can fail at once. Retry a whole transaction, or
-    its BEGIN, but no statement inside it: the snapshot stays outdated.
+    its BEGIN, but no statement inside it: the snapshot stays outdated. Like all of this file it fetches the rows
+    of each statement to the end: PyPy crashes if it collects an unfinished one after its connection was closed.
     """
     deadline = time.monotonic() + timeout_s
     usual_ms = connection.execute("PRAGMA busy_timeout").fetchone()[0]
     try:
         for _ in _pauses(deadline):
-            connection.execute(f"PRAGMA busy_timeout = {int(_left_s(deadline) * 1000)}")
+            connection.execute(f"PRAGMA busy_timeout = {int(_left_s(deadline) * 1000)}").fetchall()
             try:
                 return operation()
             except sqlite3.OperationalError as error:
@@ -132,7 +134,7 @@ def retry_busy(connection: sqlite3.Connection, operation: Callable[[], T], timeo
                 last = error
         raise last
     finally:
-        connection.execute(f"PRAGMA busy_timeout = {usual_ms}")
+        connection.execute(f"PRAGMA busy_timeout = {usual_ms}").fetchall()
 
 
 # --- Fork ---
@@ -220,7 +222,7 @@ def connect(path: str, *, timeout_s: float = TIMEOUT_S, pragmas: Sequence[str] =
     try:
         retry_busy(connection, lambda: connection.execute("PRAGMA schema_version").fetchone(), timeout_s)
         for pragma in pragmas:
-            connection.execute(f"PRAGMA {pragma}")
+            connection.execute(f"PRAGMA {pragma}").fetchall()
     except sqlite3.OperationalError:
         connection.close()
         raise

@@ -351,6 +351,21 @@ class ConnectTest(Case):
         # Without our lock that process would have found itself alone, and removed the log under our connection.
         self.assertTrue(os.path.exists(self.path + "-wal"))
 
+    def test_no_statement_is_left_unfinished(self) -> None:
+        """PyPy crashes, or hangs, when it collects such a one after another thread has closed the connection."""
+        real, cursors = Connection.execute, []
+
+        def execute(self: Connection, *args: Any) -> sqlite3.Cursor:
+            cursors.append(real(self, *args))
+            return cursors[-1]
+
+        with mock.patch.object(Connection, "execute", execute):
+            database = self.database(pragmas=("busy_timeout = 10", "synchronous = NORMAL"))
+            with database.transaction():
+                pass
+        self.assertGreater(len(cursors), 8)
+        self.assertEqual([cursor.fetchone() for cursor in cursors], [None] * len(cursors))
+
     def test_connect_makes_no_file(self) -> None:
         with self.assertRaises(sqlite3.OperationalError):
             connect(self.path)
