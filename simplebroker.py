@@ -55,8 +55,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from datetime import datetime
     from types import FrameType, TracebackType
-    from typing import Any, Callable, NoReturn, Union
+    from typing import Any, Callable, NoReturn, TypeVar, Union
 
+    T = TypeVar("T")
     StrPath = Union[str, os.PathLike[str]]
     Id = Union[int, str, None]
     Run = Callable[..., list[Any]]
@@ -1352,6 +1353,97 @@ def _abandon(connection: sqlite3.Connection) -> None:
         pass
 
 
+class _Transaction:
+    """``with broker.transaction() as run:`` commits at the end; rolls back and re-raises on an error."""
+
+    __slots__ = ("_durable", "_runner")
+
+    def __init__(self, runner: SQLRunner, *, durable: bool = True) -> None:
+        self._runner, self._durable = runner, durable
+
+    def __enter__(self) -> Run:
+        if self._durable or not isinstance(self._runner, SQLiteRunner):
+            self._runner.begin_immediate()
+        else:
+            self._runner.begin_immediate(durable=False)
+        return self._runner.run
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is None:
+            try:
+                self._runner.commit()
+                return
+            except BaseException:
+                self._roll_back()
+                raise
+        self._roll_back()
+
+    def _roll_back(self) -> None:
+        try:
+            self._runner.rollback()
+        except Exception as error:  # noqa: BLE001 - the first error is the one to report, whatever a runner raises
+            log_warning("rollback failed too: %s", error)
+
+
+class _Work:
+    """What a thread wants done in a transaction, and what came of it."""
+
+    __slots__ = ("deadline", "done", "durable", "function", "result", "taken", "wake")
+
+    def __init__(self, function: Callable[[Run], Any], durable: bool, timeout_s: float) -> None:
+        self.function, self.durable, self.deadline = function, durable, time.monotonic() + timeout_s
+        self.taken = self.done = False
+        self.result: Any = None
+        self.wake = threading.Lock()  # its thread sleeps on it until the work is done, or first in line
+        self.wake.acquire()
+
+
+class _Line:
+    """Threads that want a transaction at the same time. The first in line does the work of all in one transaction,
+    so that they share its sync to the disk (group commit)."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()  # guards the list, and who is taken and done; held only to change them
+        self._works: list[_Work] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._works)
+
+    def join(self, work: _Work) -> bool:
+        """Wait in line. True: it is first now. False: the first has done it. OperationalError at its deadline."""
+        with self._guard:
+            self._works.append(work)
+            if len(self._works) == 1:
+                return True
+        if not work.wake.acquire(timeout=max(0.0, work.deadline - time.monotonic())):
+            if self.leave(work, unless_taken=True):
+                raise OperationalError("the database is busy: other threads write for longer than BROKER_BUSY_TIMEOUT")
+            work.wake.acquire()  # it is being done
+        return not work.done
+
+    def take(self) -> list[_Work]:
+        """The first takes on the work of all who are there."""
+        with self._guard:
+            for work in self._works:
+                work.taken = True
+            return self._works[:]
+
+    def leave(self, work: _Work, *, unless_taken: bool = False) -> bool:
+        """Wait no longer. When the first leaves, so do those whose work it did, and the next is first."""
+        with self._guard:
+            if work not in self._works or (unless_taken and work.taken):
+                return False
+            was_first = self._works[0] is work
+            ended = [other for other in self._works if other is work or (was_first and other.done)]
+            self._works = [other for other in self._works if other not in ended]
+            if was_first:
+                for other in self._works:
+                    other.taken = False
+                for other in self._works[:1] + ended:
+                    other.wake.release()
+            return True
+
+
 class SQLiteRunner(SQLRunner):
     """The runner for SQLite files: one connection, for all threads of the process.
 
@@ -1389,6 +1481,8 @@ class SQLiteRunner(SQLRunner):
         self._relaxed = False  # the transaction is not synced
         self._waited = False  # busy_timeout is shortened
         self._paused_by = 0  # the thread that holds the mutex because it forks; 0: none
+        self._deadline = 0.0  # until when the transaction of the first in line may wait; 0: as usual
+        self._line = _Line()
 
     # -- the five methods
 
@@ -1398,9 +1492,12 @@ class SQLiteRunner(SQLRunner):
             if sql in RINGING:
                 self._ring = True
             return self._execute(sql, params)
-        deadline = self._enter()
+        reads = sql[:6] in ("SELECT", "PRAGMA")
+        if not reads and (self._line or not self._mutex.acquire(blocking=False)):
+            return self._in_line(lambda _: SQLiteRunner.run(self, sql, params), durable=True)
+        deadline = self._enter() if reads else time.monotonic() + self._timeout_s
         try:
-            if sql[:6] in ("SELECT", "PRAGMA"):
+            if reads:
                 self._use_current_file()
                 return self._execute(sql, params)
             self._lock_file(deadline)
@@ -1466,6 +1563,63 @@ class SQLiteRunner(SQLRunner):
         finally:
             self._leave()
 
+    def together(self, function: Callable[[Run], T], *, durable: bool = True) -> T:
+        """Run ``function(run)`` in a transaction and return its result. An error undoes what it did.
+
+        Threads that call this at the same time share a transaction. If it fails, each has one of its own,
+        so the function may be called twice. Blocks as begin_immediate() does.
+        """
+        if self._owner == threading.get_ident():
+            return self._alone(function, durable)
+        if not self._line and self._mutex.acquire(blocking=False):
+            try:
+                return self._alone(function, durable)
+            finally:
+                self._mutex.release()
+        return self._in_line(function, durable)
+
+    def _alone(self, function: Callable[[Run], T], durable: bool) -> T:
+        with _Transaction(self, durable=durable) as run:
+            return function(run)
+
+    def _in_line(self, function: Callable[[Run], T], durable: bool) -> T:
+        work = _Work(function, durable, self._timeout_s)
+        try:
+            if self._line.join(work):
+                self._lead(work)
+            result: T = work.result
+            return result
+        finally:
+            self._line.leave(work)
+
+    def _lead(self, mine: _Work) -> None:
+        """Do the work of all in line together; if that fails, only the own."""
+        self._enter(max(0.0, mine.deadline - time.monotonic()))
+        self._deadline = mine.deadline
+        try:
+            # An interrupt of the main thread must not leave open whether it has done the work of others.
+            alone = threading.current_thread() is threading.main_thread()
+            works = [mine] if alone else self._line.take()
+            if len(works) == 1 or not self._do_all(works):
+                mine.result = self._alone(mine.function, mine.durable)
+        finally:
+            self._deadline = 0.0
+            self._mutex.release()
+
+    def _do_all(self, works: list[_Work]) -> bool:
+        self.begin_immediate(durable=any(work.durable for work in works))
+        try:
+            results = [work.function(self.run) for work in works]
+            self.commit()
+        except BaseException as error:
+            self.rollback()
+            if isinstance(error, Exception):  # it is one thread's, and the others need not suffer
+                return False
+            raise
+        for work, result in zip(works, results):
+            work.result, work.done = result, True
+        return True
+
     def close(self) -> None:
         """Close the connection and the lock file. Waits for a transaction of another thread."""
         if self._owner == threading.get_ident():
@@ -1477,14 +1631,16 @@ class SQLiteRunner(SQLRunner):
 
     # -- transactions
 
-    def _enter(self) -> float:
+    def _enter(self, timeout_s: float | None = None) -> float:
         """Take the mutex; return the deadline of the whole operation."""
-        if not self._mutex.acquire(blocking=False) and not self._mutex.acquire(timeout=self._patience_s()):
-            raise OperationalError(
-                f"the database is busy: another thread is in a transaction on {self.path!r} for longer than"
-                f" {self._patience_s():g} s (see BROKER_BUSY_TIMEOUT)"
-            )
-        return time.monotonic() + self._timeout_s
+        if not self._mutex.acquire(blocking=False):
+            timeout_s = self._patience_s() if timeout_s is None else timeout_s
+            if not self._mutex.acquire(timeout=timeout_s):
+                raise OperationalError(
+                    f"the database is busy: another thread is in a transaction on {self.path!r} for longer than"
+                    f" {timeout_s:g} s (see BROKER_BUSY_TIMEOUT)"
+                )
+        return self._deadline or time.monotonic() + self._timeout_s
 
     def _patience_s(self) -> float:
         """How long to wait for another thread. The attendant tries again anyway, and whoever is in a transaction
@@ -1875,38 +2031,6 @@ class Stats(namedtuple("Stats", "ready leased delayed")):
         return self.ready + self.leased + self.delayed
 
 
-class _Transaction:
-    """``with broker.transaction() as run:`` commits at the end; rolls back and re-raises on an error."""
-
-    __slots__ = ("_durable", "_runner")
-
-    def __init__(self, runner: SQLRunner, *, durable: bool = True) -> None:
-        self._runner, self._durable = runner, durable
-
-    def __enter__(self) -> Run:
-        if self._durable or not isinstance(self._runner, SQLiteRunner):
-            self._runner.begin_immediate()
-        else:
-            self._runner.begin_immediate(durable=False)
-        return self._runner.run
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is None:
-            try:
-                self._runner.commit()
-                return
-            except BaseException:
-                self._roll_back()
-                raise
-        self._roll_back()
-
-    def _roll_back(self) -> None:
-        try:
-            self._runner.rollback()
-        except Exception as error:  # noqa: BLE001 - the first error is the one to report, whatever a runner raises
-            log_warning("rollback failed too: %s", error)
-
-
 class Broker:
     """All queues of one database.
 
@@ -1973,6 +2097,18 @@ class Broker:
         """A transaction() that a crash of the machine may undo, which is what becomes of leases anyway."""
         self.transaction()
         return self._relaxed_transaction
+
+    def together(self, function: Callable[[Run], T], *, durable: bool = True) -> T:
+        """Run ``function(run)`` in a transaction() and return its result; threads that do so at once share one.
+
+        The function may be called twice: the transaction is tried again without the others if it fails.
+        ``durable=False``: a crash of the machine may undo it.
+        """
+        transaction = self.transaction()
+        if isinstance(self.runner, SQLiteRunner):
+            return self.runner.together(function, durable=durable)
+        with transaction as run:
+            return function(run)
 
     def run(self, sql: str, params: Sequence[Any] = ()) -> list[Any]:
         """Run one statement of the SQL room by itself and return its rows."""
@@ -2239,8 +2375,7 @@ class Queue:
         try:
             broker.run(INSERT_MESSAGE, (id, self.name, text, held_until))
         except sqlite3.IntegrityError:  # the clock is behind the last id: count on from that
-            with broker.transaction() as run:
-                id = broker.insert(run, self.name, [text], held_until)[0]
+            id = broker.together(lambda run: broker.insert(run, self.name, [text], held_until))[0]
         return id
 
     def write_many(
@@ -2253,8 +2388,7 @@ class Queue:
         held_until = self._held_until(delay, until)
         if not texts:
             return []
-        with self.broker.transaction() as run:
-            return self.broker.insert(run, self.name, texts, held_until)
+        return self.broker.together(lambda run: self.broker.insert(run, self.name, texts, held_until))
 
     # -- read: at most once
 
@@ -2361,8 +2495,7 @@ class Queue:
 
         A lease that ended is still yours while nobody took the message.
         """
-        with self.broker.transaction() as run:
-            self.ack_in(run, message)
+        self.broker.together(lambda run: self.ack_in(run, message))
 
     def ack_in(self, run: Run, message: Message) -> None:
         """ack() in the caller's transaction."""
@@ -2373,16 +2506,22 @@ class Queue:
     def extend(self, message: Message, seconds: float = DEFAULT_LEASE_S) -> None:
         """Let the lease end that many seconds from now. LeaseLost if someone else has the message."""
         until = self.broker.clock() + to_ns(seconds, "lease")
-        with self.broker.relaxed_transaction() as run:
+
+        def renew(run: Run) -> None:
             self._check_lease(run, message)
             run(RENEW_LEASE, (message.id, self.name, message.attempt, until))
+
+        self.broker.together(renew, durable=False)
 
     def release(self, message: Message, *, delay: float | None = None) -> None:
         """Give a leased message back: ready at once, or after ``delay`` seconds. LeaseLost as in ack()."""
         until = self._held_until(delay, None)
-        with self.broker.relaxed_transaction() as run:
+
+        def give_back(run: Run) -> None:
             self._check_lease(run, message)
             run(RELEASE_MESSAGE, (message.id, until))
+
+        self.broker.together(give_back, durable=False)
 
     def dead_letter(self, message: Message, dest: str | None = None) -> None:
         """Move a leased message to another queue, by default QUEUE.dead. LeaseLost as in ack().
@@ -2390,9 +2529,12 @@ class Queue:
         It keeps its id, is ready there, and its attempts count from 0.
         """
         target = check_queue_name(dest if dest is not None else self.name + ".dead")
-        with self.broker.transaction() as run:
+
+        def move(run: Run) -> None:
             self._check_lease(run, message)
             run(MOVE_MESSAGE, (message.id, target))
+
+        self.broker.together(move)
 
     # -- move and delete
 
@@ -2459,16 +2601,18 @@ class Queue:
 
     def _take(self, low: int, high: int, limit: int) -> list[Message]:
         """Remove and return the first ready messages between two ids."""
-        with self.broker.transaction() as run:
-            rows = self._select_ready(run, low, high, limit)
-            if rows:
-                last = rows[-1][0]
-                if last == rows[-1][3]:
-                    run(RECORD_NEWEST)
-                if len(rows) == 1:
-                    run(DELETE_MESSAGE, (last,))
-                else:
-                    run(DELETE_READY, (self.name, low, last + 1))
+        return self.broker.together(lambda run: self._take_in(run, low, high, limit))
+
+    def _take_in(self, run: Run, low: int, high: int, limit: int) -> list[Message]:
+        rows = self._select_ready(run, low, high, limit)
+        if rows:
+            last = rows[-1][0]
+            if last == rows[-1][3]:
+                run(RECORD_NEWEST)
+            if len(rows) == 1:
+                run(DELETE_MESSAGE, (last,))
+            else:
+                run(DELETE_READY, (self.name, low, last + 1))
         return [Message(row[1], row[0], self.name, row[2]) for row in rows]
 
     def lease_many(self, lease_ns: int, low: int, high: int, limit: int) -> list[Message]:
@@ -2478,22 +2622,28 @@ class Queue:
         must not use up their attempts with it.
         """
         until = self.broker.clock() + lease_ns
-        with self.broker.relaxed_transaction() as run:
+
+        def take(run: Run) -> list[Message]:
             rows = self._select_ready(run, low, high, limit)
             fresh = next((n for n, row in enumerate(rows) if row[2]), len(rows))
             rows = rows[: max(1, fresh)]
             if rows:
                 run(LEASE_READY, (self.name, low, rows[-1][0] + 1, until))
-        return [Message(row[1], row[0], self.name, row[2] + 1) for row in rows]
+            return [Message(row[1], row[0], self.name, row[2] + 1) for row in rows]
+
+        return self.broker.together(take, durable=False)
 
     def _move(self, dest: str, low: int, high: int, limit: int) -> list[Message]:
         if check_queue_name(dest) == self.name:
             raise ValueError(f"source and destination are the same queue, {dest!r}")
-        with self.broker.transaction() as run:
+
+        def move(run: Run) -> list[Message]:
             rows = self._select_ready(run, low, high, limit)
             if rows:
                 run(MOVE_READY, (self.name, low, rows[-1][0] + 1, dest))
-        return [Message(row[1], row[0], dest) for row in rows]
+            return [Message(row[1], row[0], dest) for row in rows]
+
+        return self.broker.together(move)
 
     def _select_ready(self, run: Run, low: int, high: int, limit: int) -> list[Any]:
         """The first ready rows between two ids, after what is due became ready."""
@@ -2599,12 +2749,17 @@ class LeaseKeeper(Chore):
         """Acknowledge, in one transaction. Lost leases are logged: someone else has those messages."""
         for message in messages:
             self.settle(message)
-        with self._queue.broker.transaction() as run:
-            for message in messages:
-                try:
-                    self._queue.ack_in(run, message)
-                except LeaseLost as error:
-                    log_warning("queue %s: handled, but %s", self._queue.name, error)
+        for error in self._queue.broker.together(lambda run: self._acknowledge_in(run, messages)):
+            log_warning("queue %s: handled, but %s", self._queue.name, error)
+
+    def _acknowledge_in(self, run: Run, messages: Sequence[Message]) -> list[LeaseLost]:
+        lost = []
+        for message in messages:
+            try:
+                self._queue.ack_in(run, message)
+            except LeaseLost as error:
+                lost.append(error)
+        return lost
 
     def release(self, message: Message, *, delay: float | None = None) -> None:
         """Give one back, as Queue.release(); a lost lease is logged."""
