@@ -1404,16 +1404,13 @@ class _Line:
 
     def __init__(self) -> None:
         self._guard = threading.Lock()  # guards the list, and who is taken and done; held only to change them
-        self._works: list[_Work] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._works)
+        self.works: list[_Work] = []  # may be looked at without the guard
 
     def join(self, work: _Work) -> bool:
         """Wait in line. True: it is first now. False: the first has done it. OperationalError at its deadline."""
         with self._guard:
-            self._works.append(work)
-            if len(self._works) == 1:
+            self.works.append(work)
+            if len(self.works) == 1:
                 return True
         if not work.wake.acquire(timeout=max(0.0, work.deadline - time.monotonic())):
             if self.leave(work, unless_taken=True):
@@ -1424,22 +1421,23 @@ class _Line:
     def take(self) -> list[_Work]:
         """The first takes on the work of all who are there."""
         with self._guard:
-            for work in self._works:
+            for work in self.works:
                 work.taken = True
-            return self._works[:]
+            return self.works[:]
 
     def leave(self, work: _Work, *, unless_taken: bool = False) -> bool:
         """Wait no longer. When the first leaves, so do those whose work it did, and the next is first."""
         with self._guard:
-            if work not in self._works or (unless_taken and work.taken):
+            if work not in self.works or (unless_taken and work.taken):
                 return False
-            was_first = self._works[0] is work
-            ended = [other for other in self._works if other is work or (was_first and other.done)]
-            self._works = [other for other in self._works if other not in ended]
+            was_first = self.works[0] is work
+            self.works.remove(work)
             if was_first:
-                for other in self._works:
+                ended = [other for other in self.works if other.done]
+                self.works = [other for other in self.works if not other.done]
+                for other in self.works:
                     other.taken = False
-                for other in self._works[:1] + ended:
+                for other in ended + self.works[:1]:
                     other.wake.release()
             return True
 
@@ -1492,12 +1490,9 @@ class SQLiteRunner(SQLRunner):
             if sql in RINGING:
                 self._ring = True
             return self._execute(sql, params)
-        reads = sql[:6] in ("SELECT", "PRAGMA")
-        if not reads and (self._line or not self._mutex.acquire(blocking=False)):
-            return self._in_line(lambda _: SQLiteRunner.run(self, sql, params), durable=True)
-        deadline = self._enter() if reads else time.monotonic() + self._timeout_s
+        deadline = self._enter()
         try:
-            if reads:
+            if sql[:6] in ("SELECT", "PRAGMA"):
                 self._use_current_file()
                 return self._execute(sql, params)
             self._lock_file(deadline)
@@ -1563,6 +1558,18 @@ class SQLiteRunner(SQLRunner):
         finally:
             self._leave()
 
+    def run_at_once(self, sql: str, params: Sequence[Any]) -> bool:
+        """Run one statement by itself. False, and nothing is done: other threads write, or a constraint forbids it."""
+        if (self._line.works and self._owner != threading.get_ident()) or not self._mutex.acquire(blocking=False):
+            return False
+        try:
+            self.run(sql, params)
+            return True
+        except IntegrityError:
+            return False
+        finally:
+            self._mutex.release()
+
     def together(self, function: Callable[[Run], T], *, durable: bool = True) -> T:
         """Run ``function(run)`` in a transaction and return its result. An error undoes what it did.
 
@@ -1571,7 +1578,7 @@ class SQLiteRunner(SQLRunner):
         """
         if self._owner == threading.get_ident():
             return self._alone(function, durable)
-        if not self._line and self._mutex.acquire(blocking=False):
+        if not self._line.works and self._mutex.acquire(blocking=False):
             try:
                 return self._alone(function, durable)
             finally:
@@ -2110,6 +2117,18 @@ class Broker:
         with transaction as run:
             return function(run)
 
+    def run_at_once(self, sql: str, params: Sequence[Any]) -> bool:
+        """Run one statement by itself. False, and nothing is done: other threads write, or a constraint forbids it."""
+        if self._closed or not self._prepared:
+            self._prepare()
+        if isinstance(self.runner, SQLiteRunner):
+            return self.runner.run_at_once(sql, params)
+        try:
+            self.runner.run(sql, params)
+            return True
+        except sqlite3.IntegrityError:
+            return False
+
     def run(self, sql: str, params: Sequence[Any] = ()) -> list[Any]:
         """Run one statement of the SQL room by itself and return its rows."""
         if self._closed or not self._prepared:
@@ -2372,9 +2391,8 @@ class Queue:
         text = check_body(body, broker.settings.max_message_size)
         held_until = None if delay is None and until is None else self._held_until(delay, until)
         id = broker.ids.now()
-        try:
-            broker.run(INSERT_MESSAGE, (id, self.name, text, held_until))
-        except sqlite3.IntegrityError:  # the clock is behind the last id: count on from that
+        if not broker.run_at_once(INSERT_MESSAGE, (id, self.name, text, held_until)):
+            # Other threads write: share a transaction. Or the clock is behind the last id: count on from that.
             id = broker.together(lambda run: broker.insert(run, self.name, [text], held_until))[0]
         return id
 

@@ -2097,6 +2097,237 @@ class RunnerTest(ForkTest):
 
 
 @unittest.skipUnless(HAS_FORK, "needs fork")
+class SharedTransactionTest(ForkTest):
+    """Threads that write at the same time share a transaction: the first in line does the work of all."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.commits = commits = []
+
+        class Counting(SQLiteRunner):
+            def commit(self) -> None:
+                super().commit()
+                commits.append(threading.get_ident())
+
+        self.runner = Counting(self.path, Settings(sync_mode="FULL", busy_timeout_ms=60_000))
+        self.addCleanup(self.runner.close)
+        self.broker_ = Broker(runner=self.runner)
+        self.queue_ = self.broker_.queue("q")
+        self.queue_.write_many(list("abcdef"))
+        self.results: dict[str, Any] = {}
+        self.threads: list[threading.Thread] = []
+        self.addCleanup(self.join)
+
+    def join(self) -> None:
+        for thread in self.threads:
+            thread.join(DEADLINE_S)
+            self.assertFalse(thread.is_alive())
+
+    def start(self, **works: Callable[[], object]) -> None:
+        """Run each in a thread, and note what it returns or raises."""
+
+        def note(name: str, work: Callable[[], object]) -> None:
+            try:
+                self.results[name] = work()
+            except BaseException as error:  # noqa: BLE001 - the test looks at it
+                self.results[name] = error
+
+        for name, work in works.items():
+            thread = threading.Thread(target=note, args=(name, work))
+            thread.start()
+            self.threads.append(thread)
+
+    def wait_for_line(self, length: int) -> None:
+        self.wait_for(lambda: len(self.runner._line.works) == length, f"{length} threads in line")
+
+    def start_in_order(self, **works: Callable[[], object]) -> None:
+        """The same, each when the one before stands in line."""
+        length = len(self.runner._line.works)
+        for number, (name, work) in enumerate(works.items(), 1):
+            self.start(**{name: work})
+            self.wait_for_line(length + number)
+
+    def test_all_that_wait_are_served_by_one_commit_each_with_its_own_result(self) -> None:
+        queue, stranger = self.queue_, self.queue()
+        leased, doomed, kept, back = (queue.lease(60) for _ in range(4))
+        assert leased and doomed and kept and back
+        with self.broker_.transaction():
+            queue.write("of the transaction")
+            self.commits.clear()
+            self.start_in_order(
+                write=lambda: queue.write("g"),
+                write_many=lambda: queue.write_many(["h", "i"]),
+                read=queue.read,
+                lease=lambda: queue.lease(60),
+                ack=lambda: queue.ack(leased),
+                dead_letter=lambda: queue.dead_letter(doomed),
+                extend=lambda: queue.extend(kept, 600),
+                release=lambda: queue.release(back),
+                move=lambda: queue.move("other"),
+            )
+        self.join()
+        self.assertEqual(len(self.commits), 2)
+        self.assertEqual(self.results["read"], "e")
+        self.assertEqual(self.results["lease"], "f")
+        self.assertEqual(self.results["move"], "d")
+        written = [self.results["write"], *self.results["write_many"]]
+        self.assertEqual([int(message.id) for message in stranger.peek_all()][1:], written)
+        self.assertEqual([str(m) for m in stranger.peek_all()], ["of the transaction", "g", "h", "i"])
+        self.assertEqual(self.queue("q.dead").read(), "b")
+        self.assertEqual(stranger.stats(), (4, 2, 0))
+        self.assertEqual(
+            set(self.results) - {"write", "write_many", "read", "lease", "move"},
+            {name for name, result in self.results.items() if result is None},
+        )
+
+    def test_an_error_of_one_is_its_own_and_the_others_are_done_once(self) -> None:
+        queue = self.queue_
+        lost = queue.lease(60)
+        assert lost is not None
+        queue.release(lost)
+        taken = queue.lease(60)  # by someone else
+        assert taken is not None
+        calls: list[str] = []
+
+        def half(run: Any) -> None:
+            calls.append("half")
+            run(ext.DELETE_MESSAGE, (lost.id,))
+            raise KeyError("half done")
+
+        with self.broker_.transaction():
+            self.start_in_order(
+                first=lambda: queue.write("g"),
+                lost=lambda: queue.ack(lost),
+                half=lambda: self.broker_.together(half),
+                last=lambda: queue.write("h"),
+            )
+        self.join()
+        self.assertIsInstance(self.results["lost"], LeaseLost)
+        self.assertIsInstance(self.results["half"], KeyError)
+        self.assertEqual(calls, ["half"] * 2)
+        queue.release(taken)
+        self.assertBodies(self.queue(), list("abcdefgh"))
+        self.assertEqual(self.runner._line.works, [])
+
+    def test_each_waits_for_the_busy_timeout_and_no_longer(self) -> None:
+        self.runner._timeout_s = 0.3
+        started = time.monotonic()
+        with self.broker_.transaction():  # of this process
+            self.start_in_order(**{name: lambda: self.queue_.write("x") for name in ("a", "b", "c")})
+            self.join()
+        self.assertLess(time.monotonic() - started, 0.3 + 1)
+        holder = self.holder()  # another process
+        started = time.monotonic()
+        self.start(**{name: lambda: self.queue_.write("x") for name in ("d", "e", "f", "g")})
+        self.join()
+        self.assertLess(time.monotonic() - started, 0.3 + 1)
+        self.assertEqual([type(self.results[name]) for name in "abcdefg"], [OperationalError] * 7)
+        self.assertEqual(self.runner._line.works, [])
+        holder.signal(signal.SIGKILL)
+        self.queue_.write("g")
+        self.assertBodies(self.queue(), list("abcdefg"))
+
+    def test_work_that_is_under_way_at_its_deadline_is_not_reported_as_failed(self) -> None:
+        inside, go_on = threading.Event(), threading.Event()
+
+        def slow(run: Any) -> str:
+            inside.set()
+            go_on.wait(DEADLINE_S)
+            return "slow"
+
+        with self.broker_.transaction():
+            self.start_in_order(slow=lambda: self.broker_.together(slow))
+            self.runner._timeout_s = 0.2
+            self.start_in_order(quick=lambda: self.queue_.write("g"))
+            late = self.runner._line.works[1]
+        self.assertTrue(inside.wait(DEADLINE_S))
+        self.wait_for(lambda: time.monotonic() > late.deadline + 0.05, "its deadline")
+        self.assertEqual(self.results, {})
+        go_on.set()
+        self.join()
+        self.assertEqual(self.results, {"slow": "slow", "quick": list(self.queue().peek_all())[-1].id})
+        self.assertBodies(self.queue(), list("abcdefg"))
+
+    def test_the_main_thread_does_the_work_of_no_other(self) -> None:
+        """An interrupt comes to the main thread, mostly at the end of a commit, and would leave open what was done."""
+        inside = threading.Event()
+
+        def hold() -> None:
+            with self.broker_.transaction():
+                inside.set()
+                self.wait_for_line(1)
+                self.start_in_order(b=lambda: self.queue_.write("h"), c=lambda: self.queue_.write("i"))
+
+        self.start(hold=hold)
+        self.assertTrue(inside.wait(DEADLINE_S))
+        self.commits.clear()
+        self.queue_.write("g")
+        self.join()
+        self.assertEqual(len(self.commits), 3)  # of hold(), the main thread, and the two others
+        self.assertEqual(self.commits.count(threading.get_ident()), 1)
+        self.assertBodies(self.queue(), list("abcdefghi"))
+
+    def test_an_interrupt_ends_the_waiting_of_the_main_thread_and_of_no_other(self) -> None:
+        for place in (0, 1):
+            with self.subTest(place=place):
+                inside = threading.Event()
+
+                def hold(inside: threading.Event = inside, place: int = place) -> None:
+                    with self.broker_.transaction():
+                        before = {f"before{place}": lambda: self.queue_.write("x")} if place else {}
+                        self.start_in_order(**before)
+                        inside.set()
+                        self.wait_for_line(place + 1)
+                        self.start_in_order(**{f"after{place}": lambda: self.queue_.write("y")})
+                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                        self.wait_for_line(place + 1)
+
+                self.start(**{f"hold{place}": hold})
+                self.assertTrue(inside.wait(DEADLINE_S))
+                with self.assertRaises(KeyboardInterrupt):
+                    self.queue_.write("never")
+                self.join()
+        self.assertEqual([error for error in self.results.values() if isinstance(error, BaseException)], [])
+        self.assertEqual(sorted(self.queue_.read_many(99)), sorted([*"abcdef", "y", "x", "y"]))
+
+    def test_a_forked_child_does_not_wait_for_threads_that_it_lacks(self) -> None:
+        self.runner._line.works.append(simplebroker._Work(lambda run: None, True, 60))
+        child = self.child(lambda child: self.queue_.write("g"))
+        self.assertEqual(child.wait(), 0)
+        self.runner._line.works.clear()
+        self.assertBodies(self.queue_, list("abcdefg"))
+
+    def test_threads_and_processes_together_lose_and_double_nothing(self) -> None:
+        rounds = 100 if FULL else 25
+
+        def work(number: int) -> None:
+            with Broker(self.path) as broker:
+                barrier = threading.Barrier(6)
+
+                def write_and_take(thread: int) -> None:
+                    barrier.wait(DEADLINE_S)
+                    mine, done = broker.queue("in"), broker.queue("out")
+                    for turn in range(rounds):
+                        mine.write(f"{number}.{thread}.{turn}")
+                        message = mine.lease(60)
+                        if message is not None:
+                            done.write(message)
+                            mine.ack(message)
+
+                threads = [threading.Thread(target=write_and_take, args=(thread,)) for thread in range(6)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join(DEADLINE_S)
+
+        self.together(3, work)
+        queue = self.queue("in")
+        for message in queue.read_all():
+            self.queue("out").write(message)
+        written = [f"{number}.{thread}.{turn}" for number in range(3) for thread in range(6) for turn in range(rounds)]
+        self.assertEqual(sorted(self.queue("out").read_many(len(written) + 1)), sorted(written))
+
+
 class OpeningTest(ForkTest):
     def test_sixteen_processes_that_open_a_fresh_path_at_once_all_succeed(self) -> None:
         for turn in range(40 if FULL else 3):

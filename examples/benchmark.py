@@ -90,6 +90,9 @@ PLAN: dict[str, tuple[Any, Any]] = {
     "idle_s": (10.0, 1.5),
     "backlog": (20_000, 5_000),
     "backlog_taken": (3_000, 500),  # of these, timed
+    "threads": ((1, 8, 32), (1, 8)),
+    "written_by_threads": (2_000, 500),
+    "watchers": (100, 100),
 }
 
 # ---------------------------------------------------------------------------------------------------
@@ -552,6 +555,74 @@ def backlog(bench: Bench) -> Iterator[Row]:
     yield compare("backlog", what, "a loop of read()", "/s", rates["watch"], rates["read"], bound=(">=", 0.8))
 
 
+def write_in_threads(queue: Queue, threads: int, count: int) -> float:
+    """Write about that many messages from so many threads; how many a second."""
+    start, each = threading.Barrier(threads + 1), count // threads
+
+    def work() -> None:
+        start.wait(ANSWER_S)
+        for _ in range(each):
+            queue.write(BODY)
+
+    pool = [threading.Thread(target=work) for _ in range(threads)]
+    for thread in pool:
+        thread.start()
+    start.wait(ANSWER_S)
+
+    def join() -> None:
+        for thread in pool:
+            thread.join()
+
+    return each * threads * per_second(1, join)
+
+
+def burst_ms(writer: Queue, queues: Sequence[Queue], handled: SimpleQueue[float]) -> float:
+    """Write a message to each queue in one transaction; how long it takes until the last handler is called."""
+    with writer.broker.transaction():
+        for queue in queues:
+            writer.broker.queue(queue.name).write(BODY)
+    committed = time.perf_counter()
+    last = max(handled.get(timeout=ANSWER_S) for _ in queues)
+    while any(queue.stats().total for queue in queues):  # until all are acknowledged
+        time.sleep(0.01)
+    return 1000 * (last - committed)
+
+
+def handle_in_turn_ms(queues: Sequence[Queue]) -> float:
+    """Lease and acknowledge a message of each queue, one after the other."""
+    for queue in queues:
+        queue.write(BODY)
+    started = time.perf_counter()
+    for queue in queues:
+        message = queue.lease()
+        if message is not None:
+            queue.ack(message)
+    return 1000 * (time.perf_counter() - started)
+
+
+def threads(bench: Bench) -> Iterator[Row]:
+    count = bench.operations(bench.plan.written_by_threads, bench.sync)
+    with closing(open_queue(bench.fresh(), bench.sync)) as queue:
+        runs = {str(number): partial(write_in_threads, queue, number, count) for number in bench.plan.threads}
+        rates = interleave(bench.plan.rounds, runs)
+    for number in bench.plan.threads[1:]:
+        bound = (">=", 1.5) if number == 8 and bench.sync == "FULL" else None
+        what = f"write, {number} threads of one process, {bench.sync}"
+        yield compare("threads", what, "one thread", "/s", rates[str(number)], rates["1"], bound=bound)
+    handled: SimpleQueue[float] = SimpleQueue()
+    with ExitStack() as stack:
+        places = [stack.enter_context(closing(open_queue(bench.fresh(), bench.sync))) for _ in range(2)]
+        first, second = ([place.broker.queue(f"q{n}") for n in range(bench.plan.watchers)] for place in places)
+        for queue in first:
+            watcher = QueueWatcher(queue, lambda *_: handled.put(time.perf_counter()))
+            stack.enter_context(watcher)
+        burst = {"ours": partial(burst_ms, places[0], first, handled), "turn": partial(handle_in_turn_ms, second)}
+        times = interleave(bench.plan.rounds, burst)
+    what = f"a message for each of {len(first)} watchers, {bench.sync}"
+    pair = times["ours"], times["turn"]
+    yield compare("threads", what, "lease + ack in turn", "ms", *pair, bound=("<=", 50.0), bound_of="ours")
+
+
 # ---------------------------------------------------------------------------------------------------
 # Scenarios with many processes at once.
 # ---------------------------------------------------------------------------------------------------
@@ -821,6 +892,7 @@ def memory(bench: Bench) -> Iterator[Row]:
 
 SCENARIOS: tuple[tuple[str, Callable[[Bench], Iterable[Row]], str], ...] = (
     ("single", single, "writing and reading in a loop, against the bare loop and other queues"),
+    ("threads", threads, "many threads of one process, which share commits"),
     ("contention", contention, "many writing processes: throughput, and waits up to the maximum"),
     ("mixed", mixed, "as many reading processes beside them"),
     ("depth", depth, "a deep queue against a short one"),
