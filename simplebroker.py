@@ -1425,6 +1425,12 @@ class _Line:
                 work.taken = True
             return self.works[:]
 
+    def put_back(self) -> None:
+        """The first leaves undone what is not done."""
+        with self._guard:
+            for work in self.works:
+                work.taken = work.done
+
     def leave(self, work: _Work, *, unless_taken: bool = False) -> bool:
         """Wait no longer. When the first leaves, so do those whose work it did, and the next is first."""
         with self._guard:
@@ -1435,8 +1441,6 @@ class _Line:
             if was_first:
                 ended = [other for other in self.works if other.done]
                 self.works = [other for other in self.works if not other.done]
-                for other in self.works:
-                    other.taken = False
                 for other in ended + self.works[:1]:
                     other.wake.release()
             return True
@@ -1614,18 +1618,21 @@ class SQLiteRunner(SQLRunner):
             self._mutex.release()
 
     def _do_all(self, works: list[_Work]) -> bool:
-        self.begin_immediate(durable=any(work.durable for work in works))
         try:
-            results = [work.function(self.run) for work in works]
-            self.commit()
-        except BaseException as error:
-            self.rollback()
-            if isinstance(error, Exception):  # it is one thread's, and the others need not suffer
-                return False
-            raise
-        for work, result in zip(works, results):
-            work.result, work.done = result, True
-        return True
+            self.begin_immediate(durable=any(work.durable for work in works))
+            try:
+                results = [work.function(self.run) for work in works]
+                self.commit()
+            except BaseException as error:
+                self.rollback()
+                if isinstance(error, Exception):  # it is one thread's, and the others need not suffer
+                    return False
+                raise
+            for work, result in zip(works, results):
+                work.result, work.done = result, True
+            return True
+        finally:
+            self._line.put_back()
 
     def close(self) -> None:
         """Close the connection and the lock file. Waits for a transaction of another thread."""
