@@ -379,7 +379,8 @@ ADVANCE_LAST_ID = f"UPDATE meta SET last_id = CASE WHEN {_LAST_ID} = ?1 THEN ?2 
 
 # Writes one message if ?1 is above the last id; else NULL violates the constraint (IntegrityError).
 # One statement that checks its own id costs half of BEGIN, SELECT, INSERT, COMMIT. (INSERT ... SELECT would
-# gather its rows in a temporary table first.)
+# gather its rows in a temporary table first.) SQLiteRunner also refuses it while other threads write: whoever is
+# refused inserts in a transaction, which those threads share.
 INSERT_MESSAGE = f"""\
 INSERT INTO messages (id, queue, body, held_until)
 VALUES (?1, (SELECT CASE WHEN ?1 > {_LAST_ID} THEN ?2 END FROM meta), ?3, ?4)"""
@@ -1353,6 +1354,14 @@ def _abandon(connection: sqlite3.Connection) -> None:
         pass
 
 
+def _roll_back(runner: SQLRunner) -> None:
+    """After an error, which is the one to report."""
+    try:
+        runner.rollback()
+    except Exception as error:  # noqa: BLE001 - whatever a runner raises
+        log_warning("rollback failed too: %s", error)
+
+
 class _Transaction:
     """``with broker.transaction() as run:`` commits at the end; rolls back and re-raises on an error."""
 
@@ -1374,15 +1383,9 @@ class _Transaction:
                 self._runner.commit()
                 return
             except BaseException:
-                self._roll_back()
+                _roll_back(self._runner)
                 raise
-        self._roll_back()
-
-    def _roll_back(self) -> None:
-        try:
-            self._runner.rollback()
-        except Exception as error:  # noqa: BLE001 - the first error is the one to report, whatever a runner raises
-            log_warning("rollback failed too: %s", error)
+        _roll_back(self._runner)
 
 
 class _Work:
@@ -1494,7 +1497,12 @@ class SQLiteRunner(SQLRunner):
             if sql in RINGING:
                 self._ring = True
             return self._execute(sql, params)
-        deadline = self._enter()
+        if sql != INSERT_MESSAGE:
+            deadline = self._enter()
+        elif self._line.works or not self._mutex.acquire(blocking=False):
+            raise IntegrityError("other threads write at this moment: INSERT_MESSAGE is for when they do not")
+        else:
+            deadline = time.monotonic() + self._timeout_s
         try:
             if sql[:6] in ("SELECT", "PRAGMA"):
                 self._use_current_file()
@@ -1562,18 +1570,6 @@ class SQLiteRunner(SQLRunner):
         finally:
             self._leave()
 
-    def run_at_once(self, sql: str, params: Sequence[Any]) -> bool:
-        """Run one statement by itself. False, and nothing is done: other threads write, or a constraint forbids it."""
-        if (self._line.works and self._owner != threading.get_ident()) or not self._mutex.acquire(blocking=False):
-            return False
-        try:
-            self.run(sql, params)
-            return True
-        except IntegrityError:
-            return False
-        finally:
-            self._mutex.release()
-
     def together(self, function: Callable[[Run], T], *, durable: bool = True) -> T:
         """Run ``function(run)`` in a transaction and return its result. An error undoes what it did.
 
@@ -1590,8 +1586,14 @@ class SQLiteRunner(SQLRunner):
         return self._in_line(function, durable)
 
     def _alone(self, function: Callable[[Run], T], durable: bool) -> T:
-        with _Transaction(self, durable=durable) as run:
-            return function(run)
+        self.begin_immediate(durable=durable)
+        try:
+            result = function(self.run)
+            self.commit()
+            return result
+        except BaseException:
+            _roll_back(self)
+            raise
 
     def _in_line(self, function: Callable[[Run], T], durable: bool) -> T:
         work = _Work(function, durable, self._timeout_s)
@@ -1624,7 +1626,7 @@ class SQLiteRunner(SQLRunner):
                 results = [work.function(self.run) for work in works]
                 self.commit()
             except BaseException as error:
-                self.rollback()
+                _roll_back(self)
                 if isinstance(error, Exception):  # it is one thread's, and the others need not suffer
                     return False
                 raise
@@ -2124,18 +2126,6 @@ class Broker:
         with transaction as run:
             return function(run)
 
-    def run_at_once(self, sql: str, params: Sequence[Any]) -> bool:
-        """Run one statement by itself. False, and nothing is done: other threads write, or a constraint forbids it."""
-        if self._closed or not self._prepared:
-            self._prepare()
-        if isinstance(self.runner, SQLiteRunner):
-            return self.runner.run_at_once(sql, params)
-        try:
-            self.runner.run(sql, params)
-            return True
-        except sqlite3.IntegrityError:
-            return False
-
     def run(self, sql: str, params: Sequence[Any] = ()) -> list[Any]:
         """Run one statement of the SQL room by itself and return its rows."""
         if self._closed or not self._prepared:
@@ -2398,8 +2388,9 @@ class Queue:
         text = check_body(body, broker.settings.max_message_size)
         held_until = None if delay is None and until is None else self._held_until(delay, until)
         id = broker.ids.now()
-        if not broker.run_at_once(INSERT_MESSAGE, (id, self.name, text, held_until)):
-            # Other threads write: share a transaction. Or the clock is behind the last id: count on from that.
+        try:
+            broker.run(INSERT_MESSAGE, (id, self.name, text, held_until))
+        except sqlite3.IntegrityError:  # other threads write, or the clock is behind the last id
             id = broker.together(lambda run: broker.insert(run, self.name, [text], held_until))[0]
         return id
 

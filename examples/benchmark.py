@@ -62,12 +62,13 @@ BODY = "x" * 100
 FILL_BATCH = 10_000  # messages in a transaction when a queue is filled
 POLL_S = 0.010  # of the plain poller that a watcher is compared with
 REDIS = ("127.0.0.1", 6379)
-ENOUGH_S = 8.0  # rounds beyond the fifth end after so long
+ENOUGH_S = 10.0  # rounds beyond the fifth end after so long
 FAST_FSYNC_MS = 0.4  # on slower disks fewer operations are timed
 ANSWER_S = 60.0  # a child process that says nothing for so long is an error
 # Of one writing or reading process. With FULL the fsync hides most of the difference, the more the slower the disk:
-# the lock, the look at the file and the doorbell cost 8 us when it takes 0.1 ms, Python's part 15 us.
-BOUNDS_OF_ONE = {"FULL": 0.8, "NORMAL": 0.6}
+# the lock, the look at the file and the doorbell cost 8 us when it takes 0.1 ms, the statement that checks its id
+# 10 us, Python's part 15 us: 0.79 to 0.86 in all.
+BOUNDS_OF_ONE = {"FULL": 0.75, "NORMAL": 0.6}
 # With 8 writing processes. At FULL on a slow disk the bare loop collapses, where fsync is fast it lets one process go
 # on at the speed of a single writer and starves the others: so the bound is to keep up with that, and to be fair.
 BOUNDS_OF_8: tuple[Any, Any] = ((">=", 0.6), ("<=", 0.1))
@@ -77,7 +78,7 @@ BOUND_OF_16_MS = ("<=", 200.0)  # of the worst wait of all
 # Each setting for a normal run and for --quick. A round measures once, in turn, everything that is compared.
 PLAN: dict[str, tuple[Any, Any]] = {
     "rounds": (5, 5),
-    "loops": ({"FULL": (21, 120), "NORMAL": (9, 1000)}, {"FULL": (9, 60), "NORMAL": (5, 500)}),  # rounds, operations
+    "loops": ({"FULL": (36, 100), "NORMAL": (9, 1000)}, {"FULL": (18, 30), "NORMAL": (5, 500)}),  # rounds, operations
     "writers": ((1, 2, 4, 8, 16), (1, 8)),  # numbers of processes
     "mixed": ((1, 4), (2,)),  # writers, and as many readers
     "window_s": (0.5, 0.15),  # of a load of many processes; one that starves shows as its worst wait
