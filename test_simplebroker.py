@@ -2309,6 +2309,8 @@ class SharedTransactionTest(ForkTest):
         self.assertBodies(self.queue(), list("abcdefghi"))
 
     def test_an_interrupt_ends_the_waiting_of_the_main_thread_and_of_no_other(self) -> None:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as in the background
+        self.addCleanup(signal.signal, signal.SIGINT, before)
         for place in (0, 1):
             with self.subTest(place=place):
                 inside = threading.Event()
