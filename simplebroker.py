@@ -1356,6 +1356,8 @@ def _abandon(connection: sqlite3.Connection) -> None:
 
 def _roll_back(runner: SQLRunner) -> None:
     """After an error, which is the one to report."""
+    if isinstance(runner, SQLiteRunner) and not runner.depth():
+        return  # commit() was interrupted when it was done
     try:
         runner.rollback()
     except Exception as error:  # noqa: BLE001 - whatever a runner raises
@@ -1371,21 +1373,33 @@ class _Transaction:
         self._runner, self._durable = runner, durable
 
     def __enter__(self) -> Run:
-        if self._durable or not isinstance(self._runner, SQLiteRunner):
-            self._runner.begin_immediate()
-        else:
-            self._runner.begin_immediate(durable=False)
-        return self._runner.run
+        runner = self._runner
+        if not isinstance(runner, SQLiteRunner):
+            runner.begin_immediate()
+            return runner.run
+        depth = runner.depth()
+        try:
+            if self._durable:
+                runner.begin_immediate()
+            else:
+                runner.begin_immediate(durable=False)
+            return runner.run
+        except BaseException as error:
+            runner.recover(error, depth)
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is None:
-            try:
+        try:
+            if error is None:
                 self._runner.commit()
-                return
-            except BaseException:
+        except BaseException as second:
+            error = second
+            raise
+        finally:
+            if error is not None:
                 _roll_back(self._runner)
-                raise
-        _roll_back(self._runner)
+                if isinstance(self._runner, SQLiteRunner):
+                    self._runner.recover(error, self._runner.depth())
 
 
 class _Work:
@@ -1497,27 +1511,31 @@ class SQLiteRunner(SQLRunner):
             if sql in RINGING:
                 self._ring = True
             return self._execute(sql, params)
-        if sql != INSERT_MESSAGE:
-            deadline = self._enter()
-        elif self._line.works or not self._mutex.acquire(blocking=False):
-            raise IntegrityError("other threads write at this moment: INSERT_MESSAGE is for when they do not")
-        else:
-            deadline = time.monotonic() + self._timeout_s
         try:
-            if sql[:6] in ("SELECT", "PRAGMA"):
-                self._use_current_file()
-                return self._execute(sql, params)
-            self._lock_file(deadline)
+            if sql != INSERT_MESSAGE:
+                deadline = self._enter()
+            elif self._line.works or not self._mutex.acquire(blocking=False):
+                raise IntegrityError("other threads write at this moment: INSERT_MESSAGE is for when they do not")
+            else:
+                deadline = time.monotonic() + self._timeout_s
             try:
-                rows = self._execute(sql, params)
-                self.attendant.stale = True
-                if sql in RINGING:
-                    self.attendant.ring(self._lock.ring())
-                return rows
+                if sql[:6] in ("SELECT", "PRAGMA"):
+                    self._use_current_file()
+                    return self._execute(sql, params)
+                self._lock_file(deadline)
+                try:
+                    rows = self._execute(sql, params)
+                    self.attendant.stale = True
+                    if sql in RINGING:
+                        self.attendant.ring(self._lock.ring())
+                    return rows
+                finally:
+                    self._lock.release()
             finally:
-                self._lock.release()
-        finally:
-            self._mutex.release()
+                self._mutex.release()
+        except BaseException as error:
+            self.recover(error)
+            raise
 
     def begin_immediate(self, *, durable: bool = True) -> None:
         """Start a transaction, or a nested one. Blocks up to BROKER_BUSY_TIMEOUT, then OperationalError.
@@ -1536,6 +1554,8 @@ class SQLiteRunner(SQLRunner):
                         self._execute("PRAGMA synchronous = NORMAL")
                     self._execute("BEGIN IMMEDIATE")
                 except BaseException:
+                    if self._connection is not None and self._connection.in_transaction:  # interrupted just then
+                        self._execute("ROLLBACK")
                     self._restore_sync()
                     self._lock.release()
                     raise
@@ -1576,14 +1596,19 @@ class SQLiteRunner(SQLRunner):
         Threads that call this at the same time share a transaction. If it fails, each has one of its own,
         so the function may be called twice. Blocks as begin_immediate() does.
         """
-        if self._owner == threading.get_ident():
-            return self._alone(function, durable)
-        if not self._line.works and self._mutex.acquire(blocking=False):
-            try:
+        depth = self.depth()
+        try:
+            if depth:
                 return self._alone(function, durable)
-            finally:
-                self._mutex.release()
-        return self._in_line(function, durable)
+            if not self._line.works and self._mutex.acquire(blocking=False):
+                try:
+                    return self._alone(function, durable)
+                finally:
+                    self._mutex.release()
+            return self._in_line(function, durable)
+        except BaseException as error:
+            self.recover(error, depth)
+            raise
 
     def _alone(self, function: Callable[[Run], T], durable: bool) -> T:
         self.begin_immediate(durable=durable)
@@ -1646,6 +1671,34 @@ class SQLiteRunner(SQLRunner):
         self.attendant.close()
 
     # -- transactions
+
+    def depth(self) -> int:
+        """In how many nested transactions this thread is."""
+        return self._depth if self._owner == threading.get_ident() else 0
+
+    def recover(self, error: BaseException, depth: int = 0) -> None:
+        """After an interrupt, which may come between any two steps: give up what this thread holds, but for that many
+        nested transactions. The state of the connection is unknown: it is opened anew."""
+        if isinstance(error, Exception):
+            return
+        if depth and depth <= self.depth():
+            while self.depth() > depth:
+                _roll_back(self)
+        elif self._mutex.acquire(blocking=False):  # else another thread has it, and this one holds nothing
+            try:
+                self._depth = self._owner = 0
+                self._deadline, self._relaxed, self._waited, self._ring = 0.0, False, False, False
+                self._disconnect()
+            except sqlite3.Error as second:  # PyPy's sqlite3 can be interrupted itself
+                log_warning("%s: the connection could not be closed: %s", self.path, second)
+            finally:
+                self._lock.release()
+                self._lock.close()
+                try:
+                    while True:
+                        self._mutex.release()
+                except RuntimeError:  # it is free
+                    pass
 
     def _enter(self, timeout_s: float | None = None) -> float:
         """Take the mutex; return the deadline of the whole operation."""

@@ -2055,6 +2055,90 @@ class RunnerTest(ForkTest):
             stop.set()
             thread.join(DEADLINE_S)
 
+    @unittest.skipIf(sys.implementation.name == "pypy", "its sqlite3 is not safe from interrupts itself")
+    @unittest.skipUnless(hasattr(signal, "setitimer"), "needs timers")
+    def test_an_interrupt_at_any_moment_leaves_nothing_locked_or_open(self) -> None:
+        queue, other = self.queue(), self.queue("other", settings=Settings(cache_mb=3, busy_timeout_ms=5_000))
+        rng, written, taken, rounds = random.Random(1), 0, 0, 2000 if FULL else 300
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        self.addCleanup(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, interrupt))
+        for number in range(1, rounds + 1):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.0001, 0.002))
+                while True:
+                    queue.write("x")
+                    written += 1
+                    message = queue.lease(3600)
+                    if message is not None:
+                        queue.ack(message)
+                        taken += 1
+                    queue.peek()
+            except KeyboardInterrupt:
+                pass
+            other.write("y")  # through a connection and a lock of its own
+            self.assertEqual(other.count(), number)
+        self.assertLessEqual(abs(queue.stats().total - (written - taken)), rounds)  # of each interrupted one either
+        self.assertGreater(taken, rounds // 30)  # about two in each, where nothing else runs
+        queue.write("last")
+        self.assertEqual(list(queue.peek_all())[-1:], ["last"])
+
+    def test_an_interrupt_at_each_step_of_a_transaction_ends_it_and_only_it(self) -> None:
+        other = self.queue("other", settings=Settings(cache_mb=3, busy_timeout_ms=5_000))
+        broker = Broker(self.path, settings=Settings(sync_mode="FULL", busy_timeout_ms=5_000))
+        self.addCleanup(broker.close)
+        queue, runner, steps = broker.queue("q"), broker.runner, []
+        assert isinstance(runner, SQLiteRunner)
+        real = runner._execute
+
+        def execute(sql: str, params: Any = ()) -> Any:
+            rows = real(sql, params)
+            if sql in steps:
+                steps.clear()
+                raise KeyboardInterrupt
+            return rows
+
+        def nested() -> None:
+            with broker.relaxed_transaction():
+                queue.write("outer")
+                try:
+                    with broker.transaction():
+                        queue.write("inner")
+                except KeyboardInterrupt:  # it ended only the inner one
+                    self.assertEqual(runner.depth(), 1)
+
+        with mock.patch.object(runner, "_execute", execute), mock.patch("simplebroker.log_warning"):
+            for step, kept in (
+                ("PRAGMA synchronous = NORMAL", False),
+                ("BEGIN IMMEDIATE", False),
+                ("SAVEPOINT nested", True),
+                (ext.INSERT_MESSAGE, False),
+                ("RELEASE nested", True),
+                ("COMMIT", True),
+                ("PRAGMA synchronous = FULL", True),
+            ):
+                with self.subTest(step):
+                    queue.delete()
+                    steps[:] = [step]
+                    try:
+                        nested()
+                    except KeyboardInterrupt:
+                        pass
+                    self.assertEqual(steps, [])
+                    self.assertEqual(runner.depth(), 0)
+                    other.write("y")  # through a connection and a lock of its own
+                    thread = threading.Thread(target=queue.write, args=("z",))
+                    thread.start()
+                    thread.join(DEADLINE_S)
+                    found = queue.peek_many(9)
+                    self.assertEqual(
+                        found, [*(["outer"] if kept else []), *(["inner"] if "inner" in found else []), "z"]
+                    )
+                    queue.write("synced")
+                    self.assertEqual(real("PRAGMA synchronous"), [(2,)])
+
     def test_a_custom_runner_stays_the_callers(self) -> None:
         runner = PlainRunner(self.path)
         with Queue("q", runner=runner) as queue, Broker(runner=runner) as broker:
