@@ -946,6 +946,7 @@ class _BlockedWaiter:
 ATTENDANT_NAME = "simplebroker-wait"  # of its thread
 YIELD_S = 0.0002  # after waking others, so that they and not we have the interpreter and the connection first
 SIGNAL_CHECK_S = 0.05  # the kernel may give a signal to any thread, but its handler waits for the main thread to move
+LINUX_SIGNAL_CHECK_S = 1.0  # Linux prefers the main thread, and that wakes: only the second of two at once may go astray
 FIRST_POLL_S = 0.001  # without a doorbell: the first look after a change, doubling up to max_interval_s
 
 
@@ -969,8 +970,9 @@ class Alarm:
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until woken, at once if that happened since the last wait; False after timeout seconds."""
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
-        main = threading.current_thread() is threading.main_thread()
-        longest = SIGNAL_CHECK_S if main else threading.TIMEOUT_MAX
+        longest = threading.TIMEOUT_MAX
+        if threading.current_thread() is threading.main_thread():
+            longest = LINUX_SIGNAL_CHECK_S if sys.platform == "linux" else SIGNAL_CHECK_S
         while True:
             left = max(0.0, deadline - time.monotonic())
             if self._lock.acquire(timeout=min(left, longest)):
@@ -1234,7 +1236,9 @@ class Attendant:
         pause, news = FIRST_POLL_S, False
         while self._has_clients():
             now = self._clock()
-            news = bell.attach() or news or (due is not None and now >= due)
+            news = news or (due is not None and now >= due)
+            if news or bell.identity is None:  # else every commit rang: the file is the one that others ring
+                news = bell.attach() or news
             if news or self._ask_look is None:
                 seen = self._look()  # before waking: what is committed after it is news again
                 self._wake_all()
