@@ -940,7 +940,8 @@ class _BlockedWaiter:
 
 # ---------------------------------------------------------------------------------------------------
 # Waiting: one background thread per database and process wakes those who wait and renews their leases.
-# It sleeps on the doorbell (inotify, kqueue), and looks by itself every max_interval_s.
+# It sleeps on the doorbell (inotify, kqueue), and looks by itself every max_interval_s, for commits that do
+# not ring; ten times as rarely while inotify would report that somebody writes to the log.
 # ---------------------------------------------------------------------------------------------------
 
 ATTENDANT_NAME = "simplebroker-wait"  # of its thread
@@ -948,6 +949,7 @@ YIELD_S = 0.0002  # after waking others, so that they and not we have the interp
 SIGNAL_CHECK_S = 0.05  # the kernel may give a signal to any thread, but its handler waits for the main thread to move
 LINUX_SIGNAL_CHECK_S = 1.0  # Linux prefers the main thread, and that wakes: only the second of two at once may go astray
 FIRST_POLL_S = 0.001  # without a doorbell: the first look after a change, doubling up to max_interval_s
+QUIET = 10  # times max_interval_s between looks, while a write to the log would be reported
 
 
 class Alarm:
@@ -1001,14 +1003,14 @@ class Chore:
 
 
 class _Inotify:
-    """Linux: a descriptor that becomes readable when the watched file is written, or a directory gets a new one."""
+    """Linux: a descriptor that becomes readable when the followed file is written, or a directory gets a new one."""
 
     def __init__(self) -> None:
         import ctypes
 
         self._libc = ctypes.CDLL(None, use_errno=True)
         self.fd = self._libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._watch, self._directory = -1, False
+        self._watch, self._directory, self._armed = -1, False, -1
         if self.fd < 0:
             raise OSError(ctypes.get_errno(), "inotify_init1 failed")
 
@@ -1021,18 +1023,25 @@ class _Inotify:
         if self._watch < 0:
             raise OSError("inotify_add_watch failed")
 
-    def drain(self) -> tuple[bool, bool]:
-        """Forget the events. Was a file written? Is what it follows still there?"""
+    def arm(self, path: str) -> bool:
+        """Report the next change of another file, once. False if there is none."""
+        events = 0x80000C06  # IN_ONESHOT | IN_MOVE_SELF | IN_DELETE_SELF | IN_ATTRIB (which is unlinking) | IN_MODIFY
+        self._armed = self._libc.inotify_add_watch(self.fd, os.fsencode(path), events)
+        return bool(self._armed >= 0)
+
+    def drain(self) -> tuple[bool, bool, bool]:
+        """Forget the events. Was the followed file written? Is it still there? Did the armed one change?"""
         import struct
 
-        events, at, written, there = os.read(self.fd, 65536), 0, False, True
+        events, at, written, there, changed = os.read(self.fd, 65536), 0, False, True, False
         while at < len(events):
             watch, mask, _, name_bytes = struct.unpack_from("iIII", events, at)
             current = watch == self._watch  # else of the file that it followed before
             there = there and not (current and mask & 0x8000)  # IN_IGNORED
-            written = written or not (current and self._directory)
+            changed = changed or watch == self._armed
+            written = written or not (watch == self._armed or (current and self._directory))
             at += 16 + name_bytes
-        return written, there
+        return written, there, changed
 
     def close(self) -> None:
         os.close(self.fd)
@@ -1056,9 +1065,12 @@ class _Kqueue:
         if old >= 0:
             os.close(old)
 
-    def drain(self) -> tuple[bool, bool]:
+    def arm(self, path: str) -> bool:
+        return False
+
+    def drain(self) -> tuple[bool, bool, bool]:
         self._queue.control(None, 16, 0)
-        return True, True
+        return True, True, False
 
     def close(self) -> None:
         self._queue.close()
@@ -1069,17 +1081,19 @@ class _Kqueue:
 class _Doorbell:
     """How the attendant sleeps: on a notification of the lock file, or, where there is none, by the clock."""
 
-    def __init__(self, path: str | None) -> None:
-        self._path = path
+    def __init__(self, database: str | None) -> None:
+        self._path, self._log_path = f"{database}{LOCK_SUFFIX}", f"{database}-wal"
         self.identity: tuple[int, int] | None = None  # of the file that it follows: wait() returns at every ring
         self._awaits = False  # it follows the directory in which that will be made
+        self.armed = False  # wait() ends, with False, when the log changes
+        self.deaf = False  # changes of the log are not reported here
         self._source: Any = None
         self._pipe: tuple[int, int]
         self._interrupted = threading.Semaphore(0)
         try:
             import select
 
-            self._source = None if path is None else _Inotify() if sys.platform == "linux" else _Kqueue()
+            self._source = None if database is None else _Inotify() if sys.platform == "linux" else _Kqueue()
             if self._source is not None:
                 self._poll = select.poll()
                 self._pipe = os.pipe()  # interrupt() writes here
@@ -1095,7 +1109,7 @@ class _Doorbell:
 
     def attach(self) -> bool:
         """Follow the path to the file that it names now. True if it is another one: rings may have been missed."""
-        if self._source is None or self._path is None:
+        if self._source is None:
             return False
         before, found = self.identity, file_identity(self._path)
         if found == before and (found is not None or self._awaits):
@@ -1108,10 +1122,14 @@ class _Doorbell:
                 found = file_identity(self._path)  # made meanwhile?
             if found is not None:
                 self._source.follow(self._path)
-                self.identity, self._awaits = found, False
+                self.identity, self._awaits, self.deaf = found, False, False
         except OSError:  # gone again, no such directory, or out of watches
             pass
         return (before, self.identity) != (None, None)
+
+    def arm(self) -> None:
+        """Let wait() end at the next change of the log too, if there is one and changes are reported here."""
+        self.armed = self.identity is not None and not self.deaf and self._source.arm(self._log_path)
 
     def wait(self, timeout: float) -> bool:
         """Sleep until someone rings (True), until interrupt(), or for timeout seconds."""
@@ -1123,10 +1141,12 @@ class _Doorbell:
             os.read(self._pipe[0], 4096)
         if self._source.fd not in ready:
             return False
-        written, there = self._source.drain()
+        written, there, changed = self._source.drain()
+        if changed:
+            self.armed = False
         if not there:
             self.identity, self._awaits = None, False
-        return written or not there or file_identity(str(self._path)) is not None
+        return written or not there or (self._awaits and file_identity(self._path) is not None)
 
     def interrupt(self) -> None:
         """End the current or the next wait()."""
@@ -1155,10 +1175,10 @@ class Attendant:
     """
 
     def __init__(
-        self, interval_s: float, bell_path: str | None = None, look: Callable[[], object] | None = None,
+        self, interval_s: float, database: str | None = None, look: Callable[[], object] | None = None,
         next_due: Callable[[int], int | None] | None = None, clock: Callable[[], int] = time.time_ns,
     ) -> None:  # fmt: skip
-        self._interval_s, self._bell_path, self._clock = interval_s, bell_path, clock
+        self._interval_s, self._database, self._clock = interval_s, database, clock
         self._ask_look, self._ask_due = look, next_due
         self._bell: _Doorbell | None = None
         self._start()
@@ -1188,7 +1208,7 @@ class Attendant:
         with self._guard:
             self._clients.add(client)
             if self._bell is None:
-                self._bell = _Doorbell(self._bell_path)
+                self._bell = _Doorbell(self._database)
             if self._thread is None:
                 self._bell.attach()
                 # What is true now is taken before the client looks, so that it misses no change.
@@ -1233,7 +1253,7 @@ class Attendant:
             raise
 
     def _attend(self, bell: _Doorbell, seen: object, due: int | None) -> None:
-        pause, news = FIRST_POLL_S, False
+        pause, news = self._interval_s if bell.identity else FIRST_POLL_S, False
         while self._has_clients():
             now = self._clock()
             news = news or (due is not None and now >= due)
@@ -1246,14 +1266,25 @@ class Attendant:
             if news or self.stale:
                 self.stale = False
                 due = self._next_due(now)
-            pause = self._interval_s if bell.identity else FIRST_POLL_S if news else min(2 * pause, self._interval_s)
             timeout = min(pause, max(0.0, self._run_chores() - time.monotonic()))
             if due is not None:
                 timeout = min(timeout, max(0, due - self._clock()) / NS)
-            news = bell.wait(timeout)
+            armed, rung = bell.armed, bell.wait(timeout)
             if self._rung:
-                self._rung, news = False, True
-            news = news or self._look() != seen
+                self._rung, rung = False, True
+            if not rung and pause == self._interval_s:
+                bell.arm()  # before looking: what is committed after it is reported
+            news = rung or self._look() != seen
+            if news and not rung and armed and bell.armed:
+                bell.armed, bell.deaf = False, True
+            pause = self._next_pause(bell, pause, news, changed=armed and not bell.armed)
+
+    def _next_pause(self, bell: _Doorbell, pause: float, news: bool, changed: bool) -> float:
+        if bell.armed:
+            return QUIET * self._interval_s
+        if changed or (news and bell.identity is None):  # the log is written before the commit can be seen
+            return FIRST_POLL_S
+        return self._interval_s if news else min(2 * pause, self._interval_s)
 
     def _has_clients(self) -> bool:
         """Whether to go on. The decision to end is final: the next client starts another thread."""
@@ -1283,7 +1314,7 @@ class Attendant:
                     if time.monotonic() >= chore.warn_at:
                         chore.warn_at = 0.0
                         log_warning("renewing leases fails, trying again: %s", error)
-        return min([chore.next_at for chore in chores], default=time.monotonic() + self._interval_s)
+        return min([chore.next_at for chore in chores], default=float("inf"))
 
     def _look(self) -> object:
         try:
@@ -1480,8 +1511,7 @@ class SQLiteRunner(SQLRunner):
     ) -> None:
         self.settings = settings = settings or Settings.from_environment()
         self.path = api_path(settings, path)
-        bell = self.path + LOCK_SUFFIX
-        self.attendant = Attendant(settings.max_interval_s, bell, self._look, self._next_due, clock)
+        self.attendant = Attendant(settings.max_interval_s, self.path, self._look, self._next_due, clock)
         self._timeout_s = settings.busy_timeout_ms / 1000
         self._lock = WriterLock(self.path)
         self._connection: sqlite3.Connection | None = None
@@ -3684,16 +3714,20 @@ class Job:
 
 
 class DrainableWatcher(QueueWatcher):
-    """A watcher that can stop when its queue is drained, and keeps the error that ended its thread."""
+    """A watcher that can stop when its queue is drained, keeps the error that ended it, and wakes who waits for that."""
 
-    drain = False
+    drain = ended = False
     failure: BrokerError | OSError | None = None
+    when_ended: Alarm
 
     def watch(self) -> None:
         try:
             super().watch()
         except (BrokerError, OSError) as error:  # run_work() raises it in the main thread
             self.failure = error
+        finally:
+            self.ended = True
+            self.when_ended.wake()
 
     def _idle(self) -> None:
         stats = self.queue.stats() if self.drain else None
@@ -3717,13 +3751,14 @@ def run_work(options: Options) -> int | None:
     if shutil.which(command[0]) is None:
         raise OperationalError(f"cannot start {command[0]!r}: no such command; nothing was taken from {name!r}")
     broker, job, workers, signals = options.broker(), Job(command, options), [], []
+    when_ended = Alarm(broker.attendant)
     for _ in range(options.jobs):
         worker = DrainableWatcher(
             broker.queue(name), job, lease=options.lease_s, dead_letter=options.dead_letter,
             max_attempts=options.max_attempts, error_handler=job.failed, batch_size=1,
             backoff=options.backoff,
         )  # fmt: skip
-        worker.drain = bool(options.drain)
+        worker.drain, worker.when_ended = bool(options.drain), when_ended
         workers.append(worker)
 
     def stop() -> None:
@@ -3735,11 +3770,12 @@ def run_work(options: Options) -> int | None:
 
     with StopSignals(stop):
         threads = [worker.run_in_thread() for worker in workers]
-        while any(thread.is_alive() for thread in threads):
-            for thread in threads:
-                thread.join(SIGNAL_CHECK_S)
+        while not all(worker.ended for worker in workers):
+            when_ended.wait()
             if first_failure(job, workers) is not None and not signals:
                 stop()
+        for thread in threads:
+            thread.join()
     error = first_failure(job, workers)
     if error is not None:
         raise error
