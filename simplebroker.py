@@ -947,7 +947,7 @@ class _BlockedWaiter:
 ATTENDANT_NAME = "simplebroker-wait"  # of its thread
 YIELD_S = 0.0002  # after waking others, so that they and not we have the interpreter and the connection first
 SIGNAL_CHECK_S = 0.05  # the kernel may give a signal to any thread, but its handler waits for the main thread to move
-LINUX_SIGNAL_CHECK_S = 1.0  # Linux prefers the main thread, and that wakes: only the second of two at once may go astray
+LINUX_SIGNAL_CHECK_S = 1.0  # Linux prefers the main thread, and that wakes: only the second of two at once may not
 FIRST_POLL_S = 0.001  # without a doorbell: the first look after a change, doubling up to max_interval_s
 QUIET = 10  # times max_interval_s between looks, while a write to the log would be reported
 
@@ -3714,7 +3714,7 @@ class Job:
 
 
 class DrainableWatcher(QueueWatcher):
-    """A watcher that can stop when its queue is drained, keeps the error that ended it, and wakes who waits for that."""
+    """A watcher that can stop when drained, keeps the error that ended it, and wakes who waits for its end."""
 
     drain = ended = False
     failure: BrokerError | OSError | None = None

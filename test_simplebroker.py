@@ -103,6 +103,7 @@ def has_notifications() -> bool:
 
 
 NEEDS_BELL = unittest.skipUnless(has_notifications(), "needs notifications of files")
+NEEDS_INOTIFY = unittest.skipUnless(has_notifications() and sys.platform == "linux", "needs inotify")
 
 
 class BrokerTest(unittest.TestCase):
@@ -4600,7 +4601,7 @@ class DoorbellTest(ConsumerTest):
 
     @NEEDS_BELL
     def test_the_making_of_the_file_is_heard(self) -> None:
-        bell = simplebroker._Doorbell(f"{self.path}.lock")
+        bell = simplebroker._Doorbell(str(self.path))
         self.addCleanup(bell.close)
         self.assertFalse(bell.attach())
         (self.dir / "another").touch()
@@ -4623,7 +4624,7 @@ class DoorbellTest(ConsumerTest):
     @NEEDS_BELL
     def test_a_ring_of_a_file_that_was_just_deleted_is_heard(self) -> None:
         lock = Path(f"{self.path}.lock")
-        bell = simplebroker._Doorbell(str(lock))
+        bell = simplebroker._Doorbell(str(self.path))
         self.addCleanup(bell.close)
         with lock.open("wb", buffering=0) as file:
             bell.attach()
@@ -4635,7 +4636,7 @@ class DoorbellTest(ConsumerTest):
     @NEEDS_BELL
     def test_a_file_that_is_made_between_a_look_and_the_watch_is_followed(self) -> None:
         lock = Path(f"{self.path}.lock")
-        bell = simplebroker._Doorbell(str(lock))
+        bell = simplebroker._Doorbell(str(self.path))
         self.addCleanup(bell.close)
         looks: list[bool] = []
 
@@ -4742,9 +4743,7 @@ class DoorbellTest(ConsumerTest):
         self.assertTrue(recorder.reached(1))
         with mock.patch.object(simplebroker, "LOCK_CHECK_S", 60.0):
             os.unlink(f"{self.path}.lock")
-            other = simplebroker.WriterLock(self.path)
-            other.acquire(time.monotonic() + DEADLINE_S)  # makes it anew
-            other.close()
+            self.assertWakes(recorder, self.other().write)  # makes it anew
             new, attendant = simplebroker.file_identity(f"{self.path}.lock"), queue.broker.attendant
             self.wait_for(lambda: attendant._bell.identity == new, "the watcher to follow the new file")  # type: ignore[union-attr]
             for _ in range(3):
@@ -4820,19 +4819,99 @@ class DoorbellTest(ConsumerTest):
         queue.write("0")
         self.start(recorder, db=queue.broker)
         self.assertTrue(recorder.reached(1))
-        connection = sqlite3.connect(self.path, isolation_level=None)  # as the sqlite3 shell does
-        self.addCleanup(connection.close)
         runner = WatchPlainRunner(self.path)
         self.addCleanup(runner.close)
         custom = Queue("q", runner=runner)
+        insert = self.silent_writer()
+        for _ in range(3):
+            self.assertWakes(recorder, insert)
+            self.assertWakes(recorder, custom.write)
+
+    def silent_writer(self) -> Callable[[str], None]:
+        """A function that writes a message as the sqlite3 shell does, without ringing."""
+        connection = sqlite3.connect(self.path, isolation_level=None)
+        self.addCleanup(connection.close)
 
         def insert(text: str) -> None:
             sql = "INSERT INTO messages (id, queue, body) SELECT max(last_id, ?) + 1, 'q', ? FROM meta"
             connection.execute(sql, (time.time_ns(), text))
 
-        for _ in range(3):
+        return insert
+
+    def quiet_consumer(self, recorder: Recorder, interval_s: float) -> tuple[simplebroker._Doorbell, list[float]]:
+        """Start a consumer and wait until it sleeps for ten intervals. Returns its bell, which notes its waits."""
+        queue = self.queue(settings=Settings(sync_mode="OFF", max_interval_s=interval_s))
+        queue.write("0")
+        self.start(recorder, db=queue.broker)
+        self.assertTrue(recorder.reached(1))
+        bell, waits = queue.broker.attendant._bell, []
+        assert bell is not None
+        wait = bell.wait
+
+        def noting(timeout: float) -> bool:
+            waits.append(timeout)
+            return wait(timeout)
+
+        bell.wait = noting  # type: ignore[method-assign]
+        self.wait_for(lambda: bool(waits) and waits[-1] > 9 * interval_s, "a long sleep")
+        return bell, waits
+
+    @NEEDS_INOTIFY
+    def test_a_quiet_consumer_sleeps_longer_and_hears_every_write_to_the_log(self) -> None:
+        recorder = Recorder()
+        bell, waits = self.quiet_consumer(recorder, 0.5)
+        insert, other = self.silent_writer(), self.other()
+        for write in (insert, other.write, insert):
+            self.assertTrue(bell.armed)
+            self.assertWakes(recorder, write)
+            self.wait_for(lambda: bell.armed and waits[-1] > 4.5, "the next long sleep")
+        self.assertFalse(bell.deaf)
+        self.assertLess(len(waits), 60)  # about 20 after each write
+
+    @NEEDS_INOTIFY
+    def test_a_write_to_the_log_that_is_committed_later_is_found_then(self) -> None:
+        recorder = Recorder()
+        _, waits = self.quiet_consumer(recorder, 0.5)
+        connection = sqlite3.connect(self.path, isolation_level=None)
+        self.addCleanup(connection.close)
+        connection.execute("PRAGMA cache_size = 1")
+        connection.execute("BEGIN IMMEDIATE")
+        for number in range(200):  # more than fits in its cache: it is written to the log before the commit
+            sql = "INSERT INTO messages (id, queue, body) VALUES (?, 'other', ?)"
+            connection.execute(sql, (number + 1, "x" * 1000))
+        self.wait_for(lambda: simplebroker.FIRST_POLL_S in waits, "the watcher to see that something is written")
+        sql = "INSERT INTO messages (id, queue, body) VALUES (?, 'q', 'x')"
+        connection.execute(sql, (time.time_ns(),))
+        self.assertWakes(recorder, lambda _: connection.execute("COMMIT"))
+
+    @NEEDS_INOTIFY
+    def test_a_quiet_consumer_notices_that_the_files_are_deleted(self) -> None:
+        recorder = Recorder()
+        bell, waits = self.quiet_consumer(recorder, 0.5)
+        self.broker(settings=Settings(sync_mode="OFF", cache_mb=13)).delete_database()
+        self.assertWakes(recorder, self.queue(settings=Settings(sync_mode="OFF", cache_mb=14)).write)
+        self.wait_for(lambda: bell.armed and waits[-1] > 4.5, "the next long sleep")
+        for suffix in ("", "-wal", "-shm"):
+            os.unlink(f"{self.path}{suffix}")
+        os.unlink(f"{self.path}.lock")
+        self.assertWakes(recorder, self.queue(settings=Settings(sync_mode="OFF", cache_mb=15)).write)
+
+    @NEEDS_INOTIFY
+    def test_where_writes_to_the_log_are_not_reported_it_looks_in_every_interval(self) -> None:
+        recorder = Recorder()
+        with mock.patch.object(simplebroker._Inotify, "arm", lambda self, path: True):
+            bell, waits = self.quiet_consumer(recorder, 0.1)
+            insert = self.silent_writer()
+            self.assertWakes(recorder, insert)  # after up to a second
+            self.assertTrue(bell.deaf)
+            begun = len(waits)
+            self.wait_for(lambda: len(waits) > begun + 3, "some looks")
             self.assertWakes(recorder, insert)
-            self.assertWakes(recorder, custom.write)
+            self.assertLess(max(waits[begun:]), 0.2)
+            self.assertFalse(bell.armed)
+            os.unlink(f"{self.path}.lock")
+            self.assertWakes(recorder, self.other().write)
+            self.wait_for(lambda: not bell.deaf, "another try with another file")
 
     def test_a_custom_runner_is_asked_once_in_an_interval_when_idle(self) -> None:
         recorder, runner = Recorder(), WatchPlainRunner(self.path)
