@@ -941,7 +941,7 @@ class _BlockedWaiter:
 # ---------------------------------------------------------------------------------------------------
 # Waiting: one background thread per database and process wakes those who wait and renews their leases.
 # It sleeps on the doorbell (inotify, kqueue), and looks by itself every max_interval_s, for commits that do
-# not ring; ten times as rarely while inotify would report that somebody writes to the log.
+# not ring; ten times as rarely while inotify would report that somebody writes to the log or makes the file.
 # ---------------------------------------------------------------------------------------------------
 
 ATTENDANT_NAME = "simplebroker-wait"  # of its thread
@@ -1030,7 +1030,7 @@ class _Inotify:
         return bool(self._armed >= 0)
 
     def drain(self) -> tuple[bool, bool, bool]:
-        """Forget the events. Was the followed file written? Is it still there? Did the armed one change?"""
+        """Forget the events. Was the followed file written? Is it there? Did its directory or the armed file change?"""
         import struct
 
         events, at, written, there, changed = os.read(self.fd, 65536), 0, False, True, False
@@ -1038,8 +1038,10 @@ class _Inotify:
             watch, mask, _, name_bytes = struct.unpack_from("iIII", events, at)
             current = watch == self._watch  # else of the file that it followed before
             there = there and not (current and mask & 0x8000)  # IN_IGNORED
-            changed = changed or watch == self._armed
-            written = written or not (watch == self._armed or (current and self._directory))
+            if watch == self._armed or (current and self._directory):
+                changed = True
+            else:
+                written = True
             at += 16 + name_bytes
         return written, there, changed
 
@@ -1082,11 +1084,11 @@ class _Doorbell:
     """How the attendant sleeps: on a notification of the lock file, or, where there is none, by the clock."""
 
     def __init__(self, database: str | None) -> None:
-        self._path, self._log_path = f"{database}{LOCK_SUFFIX}", f"{database}-wal"
+        self._database, self._path = str(database), f"{database}{LOCK_SUFFIX}"
         self.identity: tuple[int, int] | None = None  # of the file that it follows: wait() returns at every ring
         self._awaits = False  # it follows the directory in which that will be made
-        self.armed = False  # wait() ends, with False, when the log changes
-        self.deaf = False  # changes of the log are not reported here
+        self.armed = False  # wait() ends, with False, when the log changes, or the database is made
+        self.deaf = False  # neither is reported here
         self._source: Any = None
         self._pipe: tuple[int, int]
         self._interrupted = threading.Semaphore(0)
@@ -1117,8 +1119,9 @@ class _Doorbell:
         self.identity = None
         try:
             if found is None:
-                self._awaits = True
+                self._awaits = False
                 self._source.follow(os.path.dirname(self._path))
+                self._awaits = True
                 found = file_identity(self._path)  # made meanwhile?
             if found is not None:
                 self._source.follow(self._path)
@@ -1128,8 +1131,10 @@ class _Doorbell:
         return (before, self.identity) != (None, None)
 
     def arm(self) -> None:
-        """Let wait() end at the next change of the log too, if there is one and changes are reported here."""
-        self.armed = self.identity is not None and not self.deaf and self._source.arm(self._log_path)
+        """Let wait() end also when the log changes, or the database is made, if that is reported here."""
+        if self._source is not None and not self.deaf:
+            log = self._source.arm(f"{self._database}-wal")
+            self.armed = log or (self._awaits and file_identity(self._database) is None)
 
     def wait(self, timeout: float) -> bool:
         """Sleep until someone rings (True), until interrupt(), or for timeout seconds."""

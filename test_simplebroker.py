@@ -4897,6 +4897,24 @@ class DoorbellTest(ConsumerTest):
         self.assertWakes(recorder, self.queue(settings=Settings(sync_mode="OFF", cache_mb=15)).write)
 
     @NEEDS_INOTIFY
+    def test_a_consumer_of_a_database_that_is_not_there_sleeps_longer_too(self) -> None:
+        for directory in ("", "a/b/c"):  # which there is not either: it looks as often as before
+            path = self.dir / directory / "new.db"
+            with self.subTest(path):
+                recorder = Recorder()
+                broker = Broker(path, settings=Settings(sync_mode="OFF", max_interval_s=0.5))
+                self.addCleanup(broker.close)
+                watcher = self.start(recorder, db=broker)
+                self.wait_for(lambda at=broker.attendant: at._bell is not None, "the bell")  # type: ignore[misc]
+                bell: Any = broker.attendant._bell
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.wait_for(lambda bell=bell: bell.armed, "a long sleep")  # type: ignore[misc]
+                with Queue("q", path, settings=Settings(sync_mode="OFF", cache_mb=16)) as queue:
+                    self.assertWakes(recorder, queue.write)
+                self.assertFalse(bell.deaf)
+                watcher.stop(DEADLINE_S)
+
+    @NEEDS_INOTIFY
     def test_where_writes_to_the_log_are_not_reported_it_looks_in_every_interval(self) -> None:
         recorder = Recorder()
         with mock.patch.object(simplebroker._Inotify, "arm", lambda self, path: True):
