@@ -2908,7 +2908,7 @@ class LeaseKeeper(Chore):
 # Watchers: call a handler for every message, now and as they come, and do not lose it if this fails.
 # ---------------------------------------------------------------------------------------------------
 
-STOP_EVENT_CHECK_S = 0.05  # how often a caller's own stop event is looked at
+STOP_EVENT_CHECK_S = 0.08  # how often a caller's own stop event is looked at
 BUSY_PAUSE_S = 0.5  # how long a watcher pauses when the database is busy or full, before it goes on
 
 
@@ -3051,7 +3051,9 @@ class QueueWatcher:
 
     def _idle(self) -> None:
         """Nothing is there: sleep until something may be."""
-        self._alarm.wait(None if self._stop_event is None else STOP_EVENT_CHECK_S)
+        check_s = None if self._stop_event is None else STOP_EVENT_CHECK_S
+        while not self._stopped() and not self._alarm.wait(check_s):
+            pass
 
     def _sleep(self, seconds: float) -> None:
         """Sleep that long, or until stopped."""

@@ -5536,6 +5536,22 @@ class QueueWatcherTest(ConsumerTest):
         event.set()
         self.assertStops(watcher)
 
+    def test_looking_at_the_event_is_not_looking_at_the_database(self) -> None:
+        looks: list[bool] = []
+
+        class Event(threading.Event):
+            def is_set(self) -> bool:
+                looks.append(True)
+                return super().is_set()
+
+        watcher = self.idle(stop_event=Event())
+        with mock.patch.object(watcher, "_step", return_value=False) as step:
+            enough = len(looks) + 8
+            self.wait_for(lambda: len(looks) > enough, "looks at the event")
+        self.assertLess(step.call_count, 3)  # one may have been under way
+        watcher.stop()
+        self.assertStops(watcher)
+
     def test_a_watcher_in_its_pause_between_attempts_is_stopped_at_once(self) -> None:
         event = threading.Event()
         for options in ({}, {"stop_event": event}):

@@ -81,7 +81,7 @@ PLAN: dict[str, tuple[Any, Any]] = {
     "loops": ({"FULL": (36, 100), "NORMAL": (9, 1000)}, {"FULL": (18, 30), "NORMAL": (5, 500)}),  # rounds, operations
     "writers": ((1, 2, 4, 8, 16), (1, 8)),  # numbers of processes
     "mixed": ((1, 4), (2,)),  # writers, and as many readers
-    "window_s": (0.5, 0.15),  # of a load of many processes; one that starves shows as its worst wait
+    "window_s": (0.4, 0.15),  # of a load of many processes; one that starves shows as its worst wait
     "depths": ((1_000, 10_000, 100_000, 1_000_000), (1_000, 50_000)),
     "sizes": ((100, 1 << 10, 10 << 10, 100 << 10, 1 << 20), (100, 100 << 10)),  # bytes
     "size_volume": (4 << 20, 1 << 20),  # bytes written in a round, at most
