@@ -1038,7 +1038,7 @@ class _Inotify:
             watch, mask, _, name_bytes = struct.unpack_from("iIII", events, at)
             current = watch == self._watch  # else of the file that it followed before
             there = there and not (current and mask & 0x8000)  # IN_IGNORED
-            if watch == self._armed or (current and self._directory):
+            if watch == self._armed >= 0 or (current and self._directory):
                 changed = True
             else:
                 written = True

@@ -35,6 +35,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import struct
 import statistics
 import subprocess
 import sys
@@ -4883,6 +4884,15 @@ class DoorbellTest(ConsumerTest):
         sql = "INSERT INTO messages (id, queue, body) VALUES (?, 'q', 'x')"
         connection.execute(sql, (time.time_ns(),))
         self.assertWakes(recorder, lambda _: connection.execute("COMMIT"))
+
+    @NEEDS_INOTIFY
+    def test_events_that_the_kernel_dropped_may_have_been_rings(self) -> None:
+        source = simplebroker._Inotify()
+        self.addCleanup(source.close)
+        overflow = struct.pack("iIII", -1, 0x4000, 0, 0)
+        self.assertFalse(source.arm(str(self.dir / "not there")))
+        with mock.patch("os.read", return_value=overflow):
+            self.assertEqual(source.drain(), (True, True, False))
 
     @NEEDS_INOTIFY
     def test_a_quiet_consumer_notices_that_the_files_are_deleted(self) -> None:
