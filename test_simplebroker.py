@@ -35,8 +35,8 @@ import signal
 import socket
 import sqlite3
 import stat
-import struct
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
