@@ -949,7 +949,8 @@ YIELD_S = 0.0002  # after waking others, so that they and not we have the interp
 SIGNAL_CHECK_S = 0.05  # the kernel may give a signal to any thread, but its handler waits for the main thread to move
 LINUX_SIGNAL_CHECK_S = 1.0  # Linux prefers the main thread, and that wakes: only the second of two at once may not
 FIRST_POLL_S = 0.001  # without a doorbell: the first look after a change, doubling up to max_interval_s
-QUIET = 10  # times max_interval_s between looks, while a write to the log would be reported
+QUIET = 10  # times max_interval_s between looks, while a write to the log would be reported ...
+MISSES = 3  # ... unless so many were not
 
 
 class Alarm:
@@ -1088,7 +1089,7 @@ class _Doorbell:
         self.identity: tuple[int, int] | None = None  # of the file that it follows: wait() returns at every ring
         self._awaits = False  # it follows the directory in which that will be made
         self.armed = False  # wait() ends, with False, when the log changes, or the database is made
-        self.deaf = False  # neither is reported here
+        self.missed = 0  # of these, since one was reported
         self._source: Any = None
         self._pipe: tuple[int, int]
         self._interrupted = threading.Semaphore(0)
@@ -1125,14 +1126,14 @@ class _Doorbell:
                 found = file_identity(self._path)  # made meanwhile?
             if found is not None:
                 self._source.follow(self._path)
-                self.identity, self._awaits, self.deaf = found, False, False
+                self.identity, self._awaits = found, False
         except OSError:  # gone again, no such directory, or out of watches
             pass
         return (before, self.identity) != (None, None)
 
     def arm(self) -> None:
-        """Let wait() end also when the log changes, or the database is made, if that is reported here."""
-        if self._source is not None and not self.deaf:
+        """Let wait() end also when the log changes, or the database is made, if that can be reported."""
+        if self._source is not None:
             log = self._source.arm(f"{self._database}-wal")
             self.armed = log or (self._awaits and file_identity(self._database) is None)
 
@@ -1148,10 +1149,15 @@ class _Doorbell:
             return False
         written, there, changed = self._source.drain()
         if changed:
-            self.armed = False
+            self.armed, self.missed = False, 0
         if not there:
             self.identity, self._awaits = None, False
         return written or not there or (self._awaits and file_identity(self._path) is not None)
+
+    def doubt(self) -> None:
+        """Something has changed, though wait() did not say so: was it not reported, or just now?"""
+        if not self.wait(0) and self.armed:
+            self.missed += 1
 
     def interrupt(self) -> None:
         """End the current or the next wait()."""
@@ -1274,22 +1280,24 @@ class Attendant:
             timeout = min(pause, max(0.0, self._run_chores() - time.monotonic()))
             if due is not None:
                 timeout = min(timeout, max(0, due - self._clock()) / NS)
-            armed, rung = bell.armed, bell.wait(timeout)
-            if self._rung:
-                self._rung, rung = False, True
-            if not rung and pause == self._interval_s:
-                bell.arm()  # before looking: what is committed after it is reported
-            news = rung or self._look() != seen
-            if news and not rung and armed and bell.armed:
-                bell.armed, bell.deaf = False, True
-            pause = self._next_pause(bell, pause, news, changed=armed and not bell.armed)
+            news, pause = self._listen(bell, timeout, pause, seen)
 
-    def _next_pause(self, bell: _Doorbell, pause: float, news: bool, changed: bool) -> float:
-        if bell.armed:
-            return QUIET * self._interval_s
-        if changed or (news and bell.identity is None):  # the log is written before the commit can be seen
-            return FIRST_POLL_S
-        return self._interval_s if news else min(2 * pause, self._interval_s)
+    def _listen(self, bell: _Doorbell, timeout: float, pause: float, seen: object) -> tuple[bool, float]:
+        """Sleep. Return whether there is news then, and how long to sleep next."""
+        armed, rung = bell.armed, bell.wait(timeout)
+        if self._rung:
+            self._rung, rung = False, True
+        changed = armed and not bell.armed
+        if pause == self._interval_s and not (rung or changed):
+            bell.arm()  # before looking: what is written after it is reported
+        news = rung or self._look() != seen
+        if news and armed and not rung:
+            bell.doubt()
+        if armed and bell.armed and bell.missed < MISSES:  # for a whole pause, and a commit does not take so long
+            return news, QUIET * self._interval_s
+        if (changed and not rung) or (news and bell.identity is None):  # the log is written before the commit
+            return news, FIRST_POLL_S
+        return news, self._interval_s if news else min(2 * pause, self._interval_s)
 
     def _has_clients(self) -> bool:
         """Whether to go on. The decision to end is final: the next client starts another thread."""
