@@ -12162,7 +12162,8 @@ class BenchmarkProcesses(unittest.TestCase):
 
 # PyPy 3.9 crashes in processes that were forked to run many tests.
 CAN_SHARE = HAS_FORK and sys.implementation.name == "cpython"
-JOBS = int(os.environ.get("TEST_JOBS", min(4, os.cpu_count() or 1))) if CAN_SHARE else 1
+# One more than cores, as many tests wait for something.
+JOBS = int(os.environ.get("TEST_JOBS", min(4, (os.cpu_count() or 1) + 1))) if CAN_SHARE else 1
 
 
 class FailedElsewhere(Exception):
