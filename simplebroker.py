@@ -947,7 +947,7 @@ class _BlockedWaiter:
 ATTENDANT_NAME = "simplebroker-wait"  # of its thread
 YIELD_S = 0.0002  # after waking others, so that they and not we have the interpreter and the connection first
 SIGNAL_CHECK_S = 0.05  # the kernel may give a signal to any thread, but its handler waits for the main thread to move
-LINUX_SIGNAL_CHECK_S = 1.0  # Linux prefers the main thread, and that wakes: only the second of two at once may not
+LINUX_SIGNAL_CHECK_S = 1.0  # Linux wakes the main thread, but one that unblocks signals just then may be faster
 FIRST_POLL_S = 0.001  # without a doorbell: the first look after a change, doubling up to max_interval_s
 QUIET = 10  # times max_interval_s between looks, while a write to the log would be reported ...
 MISSES = 3  # ... unless so many were not
@@ -3786,7 +3786,7 @@ def run_work(options: Options) -> int | None:
     with StopSignals(stop):
         threads = [worker.run_in_thread() for worker in workers]
         while not all(worker.ended for worker in workers):
-            when_ended.wait()
+            when_ended.wait(SIGNAL_CHECK_S)  # a thread that just starts a command may have got the signal
             if first_failure(job, workers) is not None and not signals:
                 stop()
         for thread in threads:
