@@ -3189,10 +3189,14 @@ def backoff_s(base_s: float, attempt: int) -> float:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM call a function while the block runs, if this is the main thread."""
+    """SIGINT and SIGTERM call a function while the block runs, if this is the main thread.
 
-    def __init__(self, action: Callable[[], None]) -> None:
-        self._action = action
+    ``pipe``: a byte is written there at once, also if the kernel gives the signal to another thread. The main
+    thread, where the function is called, should be reading it. None: it is called when the main thread wakes.
+    """
+
+    def __init__(self, action: Callable[[], None], pipe: int | None = None) -> None:
+        self._action, self._pipe = action, pipe
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> None:
@@ -3201,6 +3205,8 @@ class StopSignals:
 
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._on_signal)
+            if self._pipe is not None:
+                self._previous_pipe = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
 
     def __exit__(self, *_: object) -> None:
         if self._previous:
@@ -3208,6 +3214,8 @@ class StopSignals:
 
             for number, previous in self._previous.items():
                 signal.signal(number, previous)
+            if self._pipe is not None:
+                signal.set_wakeup_fd(self._previous_pipe)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._action()
@@ -3733,7 +3741,7 @@ class DrainableWatcher(QueueWatcher):
 
     drain = ended = False
     failure: BrokerError | OSError | None = None
-    when_ended: Alarm
+    when_ended: Callable[[], object]
 
     def watch(self) -> None:
         try:
@@ -3742,7 +3750,7 @@ class DrainableWatcher(QueueWatcher):
             self.failure = error
         finally:
             self.ended = True
-            self.when_ended.wake()
+            self.when_ended()
 
     def _idle(self) -> None:
         stats = self.queue.stats() if self.drain else None
@@ -3766,14 +3774,15 @@ def run_work(options: Options) -> int | None:
     if shutil.which(command[0]) is None:
         raise OperationalError(f"cannot start {command[0]!r}: no such command; nothing was taken from {name!r}")
     broker, job, workers, signals = options.broker(), Job(command, options), [], []
-    when_ended = Alarm(broker.attendant)
+    happens, tell = os.pipe()  # a worker has ended, or a signal has come
+    os.set_blocking(tell, False)
     for _ in range(options.jobs):
         worker = DrainableWatcher(
             broker.queue(name), job, lease=options.lease_s, dead_letter=options.dead_letter,
             max_attempts=options.max_attempts, error_handler=job.failed, batch_size=1,
             backoff=options.backoff,
         )  # fmt: skip
-        worker.drain, worker.when_ended = bool(options.drain), when_ended
+        worker.drain, worker.when_ended = bool(options.drain), lambda: os.write(tell, b"\0")
         workers.append(worker)
 
     def stop() -> None:
@@ -3783,14 +3792,16 @@ def run_work(options: Options) -> int | None:
         if len(signals) == 2:
             threading.Thread(target=job.end, daemon=True).start()
 
-    with StopSignals(stop):
+    with StopSignals(stop, tell):
         threads = [worker.run_in_thread() for worker in workers]
         while not all(worker.ended for worker in workers):
-            when_ended.wait(SIGNAL_CHECK_S)  # a thread that just starts a command may have got the signal
+            os.read(happens, 64)
             if first_failure(job, workers) is not None and not signals:
                 stop()
         for thread in threads:
             thread.join()
+    os.close(happens)
+    os.close(tell)
     error = first_failure(job, workers)
     if error is not None:
         raise error
