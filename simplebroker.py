@@ -281,7 +281,7 @@ class Settings:
     cache_mb            SQLite's page cache
     wal_autocheckpoint  pages in the write-ahead log before it is copied back
     max_message_size    bytes of a body in UTF-8
-    max_interval_s      how often a waiting consumer looks by itself, when nothing rings
+    max_interval_s      how often a waiting consumer looks by itself; ten times as rarely where inotify works
     db_name             file name of the database, where none is given
     db_location         directory of the database, where none is given; None: the current directory
     project_scope       look for the database in the parent directories too
@@ -671,6 +671,7 @@ def _nearest(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------
 
 LOCK_SUFFIX = ".lock"
+LOCK_THREAD_NAME = "simplebroker-lock"  # of one that blocks in flock()
 LOCK_PAUSE_S = 0.001  # between looks for the lock, before blocking
 LOCK_LOOKS = 3  # that the next in the queue takes before it blocks and so ends the holder's turn
 LOCK_CHECK_S = 0.1  # how often a waiter looks past its place in the queue, and the file is compared with its path
@@ -886,7 +887,7 @@ class _BlockedWaiter:
         self._asked, self._granted = threading.Lock(), threading.Lock()  # binary semaphores, locked: not yet
         self._asked.acquire()
         self._granted.acquire()
-        threading.Thread(target=self._serve, name="simplebroker-lock", daemon=True).start()
+        threading.Thread(target=self._serve, name=LOCK_THREAD_NAME, daemon=True).start()
 
     def wait(self, deadline: float) -> bool:
         """Wait for the lock until the deadline. After that the thread keeps its place for the next wait."""
@@ -947,10 +948,21 @@ class _BlockedWaiter:
 ATTENDANT_NAME = "simplebroker-wait"  # of its thread
 YIELD_S = 0.0002  # after waking others, so that they and not we have the interpreter and the connection first
 SIGNAL_CHECK_S = 0.05  # the kernel may give a signal to any thread, but its handler waits for the main thread to move
-LINUX_SIGNAL_CHECK_S = 1.0  # Linux wakes the main thread, but one that unblocks signals just then may be faster
+ALONE_SIGNAL_CHECK_S = 1.0  # ... except on Linux, which wakes the main thread if no other is faster
 FIRST_POLL_S = 0.001  # without a doorbell: the first look after a change, doubling up to max_interval_s
 QUIET = 10  # times max_interval_s between looks, while a write to the log would be reported ...
 MISSES = 3  # ... unless so many were not
+
+
+def signal_check_s() -> float:
+    """How long the main thread may sleep until it looks for signals.
+
+    On Linux a thread that unblocks signals just then, as one that starts a process does, may get one before the
+    main thread, which then sleeps on. Those that are named here do not.
+    """
+    harmless = ("MainThread", ATTENDANT_NAME, LOCK_THREAD_NAME)
+    alone = sys.platform == "linux" and all(thread.name in harmless for thread in threading.enumerate())
+    return ALONE_SIGNAL_CHECK_S if alone else SIGNAL_CHECK_S
 
 
 class Alarm:
@@ -973,9 +985,8 @@ class Alarm:
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until woken, at once if that happened since the last wait; False after timeout seconds."""
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
-        longest = threading.TIMEOUT_MAX
-        if threading.current_thread() is threading.main_thread():
-            longest = LINUX_SIGNAL_CHECK_S if sys.platform == "linux" else SIGNAL_CHECK_S
+        main = threading.current_thread() is threading.main_thread()
+        longest = signal_check_s() if main else threading.TIMEOUT_MAX
         while True:
             left = max(0.0, deadline - time.monotonic())
             if self._lock.acquire(timeout=min(left, longest)):
@@ -1039,7 +1050,7 @@ class _Inotify:
             watch, mask, _, name_bytes = struct.unpack_from("iIII", events, at)
             current = watch == self._watch  # else of the file that it followed before
             there = there and not (current and mask & 0x8000)  # IN_IGNORED
-            if watch == self._armed >= 0 or (current and self._directory):
+            if watch == self._armed >= 0 or (current and self._directory):  # -1: events were dropped
                 changed = True
             else:
                 written = True
@@ -1268,7 +1279,7 @@ class Attendant:
         while self._has_clients():
             now = self._clock()
             news = news or (due is not None and now >= due)
-            if news or bell.identity is None:  # else every commit rang: the file is the one that others ring
+            if news or bell.identity is None:  # without news nobody has rung another file either
                 news = bell.attach() or news
             if news or self._ask_look is None:
                 seen = self._look()  # before waking: what is committed after it is news again
@@ -3767,23 +3778,31 @@ def first_failure(job: Job, workers: list[DrainableWatcher]) -> BrokerError | OS
     return job.failure or next((worker.failure for worker in workers if worker.failure is not None), None)
 
 
+def make_workers(options: Options, job: Job, when_ended: Callable[[], object]) -> list[DrainableWatcher]:
+    """As many as are to run commands at once."""
+    broker, workers = options.broker(), []
+    for _ in range(options.jobs):
+        worker = DrainableWatcher(
+            broker.queue(options.operands[0]), job, lease=options.lease_s, dead_letter=options.dead_letter,
+            max_attempts=options.max_attempts, error_handler=job.failed, batch_size=1,
+            backoff=options.backoff,
+        )  # fmt: skip
+        worker.drain, worker.when_ended = bool(options.drain), when_ended
+        workers.append(worker)
+    return workers
+
+
 def run_work(options: Options) -> int | None:
     import shutil
 
     name, *command = options.operands
     if shutil.which(command[0]) is None:
         raise OperationalError(f"cannot start {command[0]!r}: no such command; nothing was taken from {name!r}")
-    broker, job, workers, signals = options.broker(), Job(command, options), [], []
     happens, tell = os.pipe()  # a worker has ended, or a signal has come
-    os.set_blocking(tell, False)
-    for _ in range(options.jobs):
-        worker = DrainableWatcher(
-            broker.queue(name), job, lease=options.lease_s, dead_letter=options.dead_letter,
-            max_attempts=options.max_attempts, error_handler=job.failed, batch_size=1,
-            backoff=options.backoff,
-        )  # fmt: skip
-        worker.drain, worker.when_ended = bool(options.drain), lambda: os.write(tell, b"\0")
-        workers.append(worker)
+    if hasattr(os, "set_blocking"):
+        os.set_blocking(tell, False)  # as signals demand, where it exists
+    job, signals = Job(command, options), []
+    workers = make_workers(options, job, lambda: os.write(tell, b"\0"))
 
     def stop() -> None:
         signals.append(True)

@@ -1685,7 +1685,7 @@ class WriterLockTest(ForkTest):
 
     @staticmethod
     def lock_threads() -> list[threading.Thread]:
-        return [thread for thread in threading.enumerate() if thread.name == "simplebroker-lock"]
+        return [thread for thread in threading.enumerate() if thread.name == simplebroker.LOCK_THREAD_NAME]
 
     @NEEDS_LOCKS
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "needs /proc")
@@ -4953,7 +4953,12 @@ class DoorbellTest(ConsumerTest):
             self.wait_for(lambda: len(waits) > begun + 5, "some looks")
             self.assertWakes(recorder, insert)
             self.assertLess(max(waits[begun:]), 0.1)
-        self.wait_for(lambda: bool(self.assertWakes(recorder, insert)) or not bell.missed, "one that is reported")
+
+        def reported() -> bool:
+            self.assertWakes(recorder, insert)
+            return not bell.missed
+
+        self.wait_for(reported, "a commit that is reported")
         self.wait_for(lambda: waits[-1] > 0.4, "a long sleep")
 
     @NEEDS_INOTIFY
@@ -7888,6 +7893,16 @@ class WorkCommandTest(CommandTest):
             self.assertIsNotNone(self.outlasts(child, DEADLINE_S / 3), command)
             self.assertNotIn(b"Traceback", self.finish(child).stderr)
             self.assertEqual(child.returncode in (0, 130), True, command)
+
+    def test_the_main_thread_sleeps_long_only_if_no_other_thread_can_take_its_signals(self) -> None:
+        main, checks = threading.main_thread(), simplebroker.signal_check_s
+        ours = [threading.Thread(name=name) for name in (simplebroker.ATTENDANT_NAME, simplebroker.LOCK_THREAD_NAME)]
+        long = simplebroker.ALONE_SIGNAL_CHECK_S if sys.platform == "linux" else simplebroker.SIGNAL_CHECK_S
+        with mock.patch.object(threading, "enumerate") as threads:
+            threads.return_value = [main, *ours]
+            self.assertEqual(checks(), long)
+            threads.return_value = [main, *ours, threading.Thread()]
+            self.assertEqual(checks(), simplebroker.SIGNAL_CHECK_S)
 
     def test_sigterm_always_stops_a_worker_in_the_middle_of_its_work(self) -> None:
         for _ in range(200 if FULL else 3):
