@@ -12104,8 +12104,8 @@ class BenchmarkExample(unittest.TestCase):
         self.assertIn(missing, done.stderr)
 
 
-class BenchmarkArithmetic(unittest.TestCase):
-    """What the rows are made of."""
+class BenchmarkModule(unittest.TestCase):
+    """Its functions, called here."""
 
     benchmark: ClassVar[Any]
 
@@ -12118,6 +12118,10 @@ class BenchmarkArithmetic(unittest.TestCase):
         cls.addClassCleanup(sys.modules.pop, spec.name)
         spec.loader.exec_module(cls.benchmark)
         sys.path[:] = path
+
+
+class BenchmarkArithmetic(BenchmarkModule):
+    """What the rows are made of."""
 
     def test_the_ratio_is_the_median_of_the_ratios_of_the_rounds(self) -> None:
         row = self.benchmark.compare("s", "what", "other", "ms", [2.0, 9.0, 40.0], [1.0, 3.0, 10.0])
@@ -12155,6 +12159,54 @@ class BenchmarkArithmetic(unittest.TestCase):
         load = self.benchmark.Load()
         load.waits.extend([0.001] * 999 + [2.0])
         self.assertEqual((load.waits_ms()["p50"], load.waits_ms()["max"]), (1.0, 2000.0))
+
+
+@unittest.skipUnless(HAS_FORK and ON_LINUX, "needs fork")
+class BenchmarkDatabases(BenchmarkModule):
+    """While something is measured, its databases are in use by a process that does nothing."""
+
+    def setUp(self) -> None:
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.bench = self.benchmark.Bench(True, Path(directory.name), ("NORMAL",))
+
+    def test_a_log_lasts_until_the_last_load_has_ended(self) -> None:
+        for kind, name in ((self.benchmark.OURS, "broker.db"), (self.benchmark.BARE, "bare.db")):
+            with self.subTest(kind.name):
+                with self.benchmark.in_use(self.bench, kind) as place:
+                    log = place / f"{name}-wal"
+                    before = log.stat()
+                    self.assertGreater(before.st_size, 0)
+                    with contextlib.closing(kind.open(place, "NORMAL")) as store:
+                        store.put("x")
+                    self.assertEqual(log.stat().st_ino, before.st_ino)
+                self.assertFalse(log.exists(), "the process that kept it has not ended")
+
+    def test_loads_run_on_databases_in_use(self) -> None:
+        logs = []
+
+        def run_load(bench: Any, kind: Any, place: Path, *rest: Any) -> int:
+            logs.append([path.name for path in place.glob("*-wal")])
+            return 0
+
+        with mock.patch.object(self.benchmark, "run_load", run_load):
+            self.benchmark.run_loads(self.bench, (self.benchmark.OURS, self.benchmark.BARE), 2, 0, 2)
+        self.assertCountEqual(logs, [["broker.db-wal"], ["bare.db-wal"]] * 2)
+
+    def test_waiting_children_find_their_databases(self) -> None:
+        found: dict[str, list[str]] = {}
+        start_child = self.benchmark.start_child
+
+        def start(target: Any, *arguments: Any) -> Any:
+            places = [argument for argument in arguments if isinstance(argument, Path)]
+            found[target.__name__] = [path.name for place in places for path in place.glob("*.db")]
+            return start_child(target, *arguments)
+
+        self.bench.plan.wakes, self.bench.plan.idle_s = 3, 0.1
+        with mock.patch.object(self.benchmark, "start_child", start):
+            rows = list(self.benchmark.wake(self.bench))
+        self.assertEqual((found["watching_child"], found["polling_child"]), (["broker.db"], ["bare.db"]))
+        self.assertEqual(len(rows), 3)
 
 
 class BenchmarkProcesses(unittest.TestCase):

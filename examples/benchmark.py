@@ -37,7 +37,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -78,7 +78,8 @@ BOUND_OF_16_MS = ("<=", 200.0)  # of the worst wait of all
 # Each setting for a normal run and for --quick. A round measures once, in turn, everything that is compared.
 PLAN: dict[str, tuple[Any, Any]] = {
     "rounds": (5, 5),
-    "loops": ({"FULL": (36, 100), "NORMAL": (9, 1000)}, {"FULL": (18, 30), "NORMAL": (5, 500)}),  # rounds, operations
+    "rounds_of_8": (9, 5),  # of the loads that are bounded by their throughput
+    "loops": ({"FULL": (36, 100), "NORMAL": (15, 1000)}, {"FULL": (18, 30), "NORMAL": (5, 500)}),  # rounds, operations
     "writers": ((1, 2, 4, 8, 16), (1, 8)),  # numbers of processes
     "mixed": ((1, 4), (2,)),  # writers, and as many readers
     "window_s": (0.4, 0.15),  # of a load of many processes; one that starves shows as its worst wait
@@ -693,6 +694,33 @@ def receive(pipe: Any) -> Any:
     return pipe.recv()  # EOFError if it died
 
 
+def stay_open(pipe: Any, kind: Kind, directory: Path, sync: str) -> None:
+    """In a child: write, and have the queue open until told to end."""
+    with closing(kind.open(directory, sync)) as store:
+        store.put(BODY)
+        store.take()
+        pipe.send(None)
+        pipe.recv()
+
+
+@contextmanager
+def in_use(bench: Bench, kind: Kind) -> Iterator[Path]:
+    """A new directory, whose queue a process of its own keeps open.
+
+    Else the last one to close a SQLite database deletes its log, and while that grows anew a synced write takes 1.4
+    times as long: in short loads, most of the time of a queue in which all writers get on.
+    """
+    directory = bench.fresh()
+    keeper = start_child(stay_open, kind, directory, bench.sync)
+    receive(keeper)
+    try:
+        yield directory
+    finally:
+        keeper.send(None)
+        with suppress(EOFError):  # this is its end
+            receive(keeper)
+
+
 def run_load(bench: Bench, kind: Kind, directory: Path, writers: int, readers: int) -> Load:
     """Start the processes, let them work for one window, and add up what they saw."""
     with closing(kind.open(directory, bench.sync)) as store:  # the tables are there before the race begins
@@ -736,19 +764,26 @@ def load_rows(scenario: str, what: str, writers: int, other: str, loads: dict[st
     yield compare(scenario, worst_wait, other, "ms", *worst, bound=bounds[1], bound_of=of, notes=notes, more=more)
 
 
+def run_loads(bench: Bench, kinds: Sequence[Kind], writers: int, readers: int, rounds: int) -> dict[str, list[Load]]:
+    """Loads of so many processes, in turn for each kind."""
+    with ExitStack() as stack:
+        places = [(kind, stack.enter_context(in_use(bench, kind))) for kind in kinds]
+        runs = {kind.name: partial(run_load, bench, kind, place, writers, readers) for kind, place in places}
+        return interleave(rounds, runs)
+
+
 def contention(bench: Bench) -> Iterator[Row]:
     for writers in bench.plan.writers:
         kinds = [OURS, BARE, *(bench.others(bench.sync) if writers == bench.plan.writers[-1] else ())]
-        runs = {kind.name: partial(run_load, bench, kind, bench.fresh(), writers, 0) for kind in kinds}
-        loads = interleave(bench.plan.rounds, runs)
+        rounds = bench.plan.rounds_of_8 if writers == 8 else bench.plan.rounds
+        loads = run_loads(bench, kinds, writers, 0, rounds)
         for kind in kinds[1:]:
             yield from load_rows("contention", f"{writers} writers, {bench.sync}", writers, kind.name, loads)
 
 
 def mixed(bench: Bench) -> Iterator[Row]:
     for count in bench.plan.mixed:
-        runs = {kind.name: partial(run_load, bench, kind, bench.fresh(), count, count) for kind in (OURS, BARE)}
-        loads = interleave(bench.plan.rounds, runs)
+        loads = run_loads(bench, (OURS, BARE), count, count, bench.plan.rounds)
         yield from load_rows("mixed", f"{count} writers, {count} readers, {bench.sync}", count, BARE.name, loads)
 
 
@@ -790,11 +825,15 @@ def polling_child(pipe: Any, directory: Path, sync: str, plan: SimpleNamespace) 
     report(pipe, seen, plan)
 
 
-def wake(bench: Bench) -> Iterator[Row]:
+def wake_children(bench: Bench, places: Sequence[Path]) -> tuple[list[float], list[list[float]]]:
+    """Of a watching and a polling child: the processor time when idle, and how late each message came, sorted, in ms.
+
+    The databases must be there: SQLite does not wait where two processes make one.
+    """
     plan, pauses = bench.plan, random.Random(1)
-    places = [bench.fresh(), bench.fresh()]
-    targets = zip((watching_child, polling_child), places)
-    children = [start_child(target, place, bench.sync, plan) for target, place in targets]
+    children = [
+        start_child(target, place, bench.sync, plan) for target, place in zip((watching_child, polling_child), places)
+    ]
     sent: tuple[list[int], list[int]] = ([], [])  # when put() returned
     with closing(ours(places[0], bench.sync)) as mine, closing(bare(places[1], bench.sync)) as theirs:
         cpu = [receive(child) for child in children]
@@ -805,7 +844,13 @@ def wake(bench: Bench) -> Iterator[Row]:
                 times.append(time.time_ns())
         seen = [receive(child) for child in children]
     # From the return of put() to the handler; 0 where the handler was first.
-    delays = [sorted(max(0, when - times[int(n)]) / 1e6 for n, when in of) for of, times in zip(seen, sent)]
+    return cpu, [sorted(max(0, when - times[int(n)]) / 1e6 for n, when in of) for of, times in zip(seen, sent)]
+
+
+def wake(bench: Bench) -> Iterator[Row]:
+    plan = bench.plan
+    with in_use(bench, OURS) as mine, in_use(bench, BARE) as theirs:
+        cpu, delays = wake_children(bench, (mine, theirs))
     against = f"polling every {1000 * POLL_S:g} ms"
     for name, part, bound in (("median", 0.5, ("<=", 1.0)), ("99th percentile", 0.99, None)):
         pair = [[of[int(part * len(of))]] for of in delays]
