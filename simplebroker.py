@@ -379,8 +379,8 @@ ADVANCE_LAST_ID = f"UPDATE meta SET last_id = CASE WHEN {_LAST_ID} = ?1 THEN ?2 
 
 # Writes one message if ?1 is above the last id; else NULL violates the constraint (IntegrityError).
 # One statement that checks its own id costs half of BEGIN, SELECT, INSERT, COMMIT. (INSERT ... SELECT would
-# gather its rows in a temporary table first.) SQLiteRunner also refuses it while other threads write: whoever is
-# refused inserts in a transaction, which those threads share.
+# gather its rows in a temporary table first.) SQLiteRunner also refuses it while others write: its id would be too
+# old after the wait. Whoever is refused inserts in a transaction, which threads share.
 INSERT_MESSAGE = f"""\
 INSERT INTO messages (id, queue, body, held_until)
 VALUES (?1, (SELECT CASE WHEN ?1 > {_LAST_ID} THEN ?2 END FROM meta), ?3, ?4)"""
@@ -747,18 +747,20 @@ class WriterLock:
         self._identity: tuple[int, int] | None = None  # of the file, as it was found then
         self._waiter: _BlockedWaiter | None = None
 
-    def acquire(self, deadline: float, *, check: bool = False) -> bool:
+    def acquire(self, deadline: float, *, check: bool = False, patient: bool = True) -> bool | None:
         """Take the lock, blocking until the monotonic deadline; then OperationalError. True: it may have taken a while.
 
         ``check``: compare the file with its path in any case. Allowed while the lock is held.
+        ``patient=False``: None, at once, if another process is seen to have it.
         """
         if self._fd is not None and self._usable and not check:
             try:  # the common case, short
                 _lock(self._fd, block=False)
                 if time.monotonic() - self._checked < LOCK_CHECK_S:
                     return False
-            except OSError:
-                pass
+            except OSError as error:
+                if not patient and isinstance(error, (BlockingIOError, PermissionError)):
+                    return None
         while self._usable:
             fd = self._fd if self._fd is not None else self._open()
             if fd is None:
@@ -1398,6 +1400,7 @@ _MEANINGS = (
     ("disk I/O", "the file cannot be read or written, perhaps at a limit of its size: nothing was changed"),
     ("open database", "the database cannot be opened: check that the directory exists and is accessible"),
 )
+OTHERS_WRITE = "others write at this moment: INSERT_MESSAGE is for when they do not"
 # Connections that must never be closed, not even when the interpreter ends.
 _abandoned: list[sqlite3.Connection] = []
 _unusable: set[str] = set()  # databases that this process cannot open: it was forked during a transaction on them
@@ -1573,14 +1576,14 @@ class SQLiteRunner(SQLRunner):
             if sql != INSERT_MESSAGE:
                 deadline = self._enter()
             elif self._line.works or not self._mutex.acquire(blocking=False):
-                raise IntegrityError("other threads write at this moment: INSERT_MESSAGE is for when they do not")
+                raise IntegrityError(OTHERS_WRITE)
             else:
                 deadline = time.monotonic() + self._timeout_s
             try:
                 if sql[:6] in ("SELECT", "PRAGMA"):
                     self._use_current_file()
                     return self._execute(sql, params)
-                self._lock_file(deadline)
+                self._lock_file(deadline, patient=sql != INSERT_MESSAGE)
                 try:
                     rows = self._execute(sql, params)
                     self.attendant.stale = True
@@ -1791,11 +1794,13 @@ class SQLiteRunner(SQLRunner):
         if self._owner != threading.get_ident():
             raise OperationalError("this thread has no open transaction (a forked child does not inherit one)")
 
-    def _lock_file(self, deadline: float) -> None:
-        """Take the writer lock, and see that the connection is to the current file."""
+    def _lock_file(self, deadline: float, *, patient: bool = True) -> None:
+        """Take the writer lock, and see that the connection is to the current file. See WriterLock.acquire()."""
         if self._connection is None:
             self._use_current_file()  # refuses a foreign file before a lock file is put beside it
-        waited = self._lock.acquire(deadline)
+        waited = self._lock.acquire(deadline, patient=patient)
+        if waited is None:
+            raise IntegrityError(OTHERS_WRITE)
         try:
             self._use_current_file(deadline)
             if waited or self._waited:
@@ -2501,7 +2506,7 @@ class Queue:
         id = broker.ids.now()
         try:
             broker.run(INSERT_MESSAGE, (id, self.name, text, held_until))
-        except sqlite3.IntegrityError:  # other threads write, or the clock is behind the last id
+        except sqlite3.IntegrityError:  # others write, or the clock is behind the last id
             id = broker.together(lambda run: broker.insert(run, self.name, [text], held_until))[0]
         return id
 

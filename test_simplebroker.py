@@ -1395,6 +1395,38 @@ class WriterLockTest(ForkTest):
         self.assertBodies(queue, ["before", "after"])
         self.assertEqual(self.queue("held").stats().total, 0)
 
+    @NEEDS_LOCKS
+    def test_a_write_that_waits_for_another_process_takes_its_id_afterwards(self) -> None:
+        """The id of before would be older than what others wrote meanwhile, and all the work be done twice."""
+        queue = self.queue()
+        first = queue.write("first")
+        runner = queue.broker.runner
+        assert isinstance(runner, SQLiteRunner)
+        execute, statements, meanwhile = runner._execute, [], []
+
+        def note(sql: str, params: Any = ()) -> list[Any]:
+            statements.append(sql)
+            return execute(sql, params)
+
+        def write() -> None:
+            ids.append(queue.write("waits"))
+
+        ids: list[int] = []
+        holder, thread = WriterLock(self.path), threading.Thread(target=write)
+        holder.acquire(time.monotonic() + DEADLINE_S)
+        with mock.patch.object(runner, "_execute", note):
+            thread.start()
+            self.wait_for(self.lock_threads, "the writer to queue up")
+            with contextlib.closing(sqlite3.connect(str(self.path), isolation_level=None)) as stranger:
+                meanwhile.append(time.time_ns())
+                stranger.execute(ext.INSERT_ONE, (meanwhile[0], "q", None, "meanwhile"))
+            holder.close()
+            thread.join(DEADLINE_S)
+        self.assertEqual(len(statements), len(set(statements)), statements)
+        self.assertNotIn(ext.INSERT_MESSAGE, statements)
+        self.assertLess(first, meanwhile[0])
+        self.assertLess(meanwhile[0], ids[0])
+
     def test_a_stopped_holder_is_an_error_in_time_and_no_longer_when_it_goes_on(self) -> None:
         queue = self.busy_queue()
         queue.write("a")
