@@ -731,6 +731,14 @@ def file_identity(path: str) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def remove_file(path: str) -> None:
+    """Remove a file, unless there is none: someone else may just have removed it."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
 class WriterLock:
     """The advisory lock on DATABASE.lock: one holder among all processes. Not for two threads at once.
 
@@ -747,11 +755,14 @@ class WriterLock:
         self._identity: tuple[int, int] | None = None  # of the file, as it was found then
         self._waiter: _BlockedWaiter | None = None
 
-    def acquire(self, deadline: float, *, check: bool = False, patient: bool = True) -> bool | None:
+    def acquire(
+        self, deadline: float, *, check: bool = False, patient: bool = True, make: bool = True
+    ) -> bool | None:
         """Take the lock, blocking until the monotonic deadline; then OperationalError. True: it may have taken a while.
 
         ``check``: compare the file with its path in any case. Allowed while the lock is held.
         ``patient=False``: None, at once, if another process is seen to have it.
+        ``make=False``: where there is no lock file, none is made, and nothing is locked.
         """
         if self._fd is not None and self._usable and not check:
             try:  # the common case, short
@@ -762,7 +773,7 @@ class WriterLock:
                 if not patient and isinstance(error, (BlockingIOError, PermissionError)):
                     return None
         while self._usable:
-            fd = self._fd if self._fd is not None else self._open()
+            fd = self._fd if self._fd is not None else self._open(make)
             if fd is None:
                 return True
             self._take(fd, deadline)
@@ -770,7 +781,7 @@ class WriterLock:
                 return True
             self.close()  # someone replaced the file: two holders could each own a lock of that name
         if self._fd is None:  # no locks here, but a doorbell
-            self._open()
+            self._open(make)
         return True
 
     def release(self) -> None:
@@ -802,8 +813,7 @@ class WriterLock:
 
     def delete(self) -> None:
         """Remove the file, while holding it. Who waits for it notices, and takes the lock on a new one."""
-        if os.path.lexists(self.path):
-            os.unlink(self.path)
+        remove_file(self.path)
         self.close()
 
     def forget_parent(self) -> None:
@@ -814,11 +824,11 @@ class WriterLock:
             os.close(self._waiter.fd)
         self._fd = self._waiter = None
 
-    def _open(self) -> int | None:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    def _open(self, make: bool) -> int | None:
+        flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | (os.O_CREAT if make else 0)
         directory = os.path.dirname(self.path)
         try:
-            if not os.path.isdir(directory):  # of a compound name such as .queue/broker.db
+            if make and not os.path.isdir(directory):  # of a compound name such as .queue/broker.db
                 os.makedirs(directory, 0o700, exist_ok=True)
             self._fd = os.open(self.path, flags, 0o600)
             if os.name == "posix" and os.fstat(self._fd).st_mode & 0o700 != 0o600:
@@ -826,7 +836,7 @@ class WriterLock:
         except OSError as error:
             if os.path.islink(self.path):
                 raise OperationalError(f"the lock file {self.path!r} is a symbolic link: remove it") from error
-            if not os.path.isdir(directory):
+            if make and not os.path.isdir(directory):
                 raise OperationalError(f"the directory {directory!r} cannot be made: {error.strerror}") from error
         return self._fd
 
@@ -1855,7 +1865,11 @@ class SQLiteRunner(SQLRunner):
         if deadline is not None:
             self._lock.acquire(deadline, check=True)  # who replaced the file may have replaced the lock too
             identity = self._identify()
-        self._disconnect(moved=self._identity is not None and self._identity != identity)
+        if self._identity is None or self._identity == identity:
+            self._disconnect()
+        else:
+            self._leave_moved_file(locked=deadline is not None)
+            identity = self._identify()
         self._opened += 1
         try:
             if identity is None and deadline is None:
@@ -1994,20 +2008,34 @@ class SQLiteRunner(SQLRunner):
                 self._execute("ROLLBACK")
             raise
 
+    def _leave_moved_file(self, *, locked: bool) -> None:
+        """Close the connection to a file that was deleted or replaced, and remove the log that it left behind: SQLite
+        would apply it to the new file. Who makes or deletes the file has the writer lock, so readers take it too: else
+        they could remove the log of a file that was made meanwhile."""
+        log = self._log
+        if log is not None and not locked:
+            self._lock.acquire(time.monotonic() + self._patience_s(), check=True, make=False)
+        try:
+            # Before closing, because after that a new log may have the inode of the old one.
+            left_behind = log is not None and log == file_identity(self.path + "-wal")
+            self._disconnect(moved=True)
+            if left_behind:
+                remove_file(self.path + "-wal")
+                remove_file(self.path + "-shm")
+        finally:
+            if not locked:
+                self._lock.release()
+
     def _disconnect(self, *, moved: bool = False) -> None:
         """Close the connection. ``moved``: its file was deleted or replaced."""
         connection, self._connection = self._connection, None
-        log, self._log, self._identity = self._log, None, None
+        self._log = self._identity = None
         self._limited = self._immutable = False
         self._inode = self._device = -1
         if connection is not None and moved and sqlite3.sqlite_version_info < (3, 31):
             _abandon(connection)  # closing it would delete the log of the new file, which has its name
         elif connection is not None:
             connection.close()
-        if moved and log is not None and log == file_identity(self.path + "-wal"):
-            for suffix in ("-wal", "-shm"):  # the old file's: SQLite would apply them to the new one
-                if os.path.exists(self.path + suffix):
-                    os.unlink(self.path + suffix)
 
     def delete_file(self) -> bool:
         """Delete the database, if it is one of ours, with all that belongs to it. False if there is none."""
@@ -2021,8 +2049,7 @@ class SQLiteRunner(SQLRunner):
             self._lock.acquire(deadline, check=True)
             self._disconnect()
             for suffix in ("", "-wal", "-shm", "-journal"):
-                if os.path.exists(self.path + suffix):
-                    os.unlink(self.path + suffix)
+                remove_file(self.path + suffix)
             self._lock.delete()
             return True
         except OSError as error:

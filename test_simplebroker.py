@@ -2798,6 +2798,97 @@ class FileChanges(ForkTest):
             self.assertEqual(self.queue().read(), "new 1")
             self.remove("", ".lock")
 
+    @NEEDS_LOCKS
+    def test_a_reader_removes_the_log_of_a_deleted_file_before_the_next_is_made(self) -> None:
+        """Nobody can make it between the reader's look at the log and its removal, which would be of the new log."""
+        wrote = threading.Event()
+
+        def write(child: Child) -> None:
+            child.hear()
+            with Queue("q", self.path) as new:
+                new.write_many(["new"] * 50)
+                child.say("wrote")
+                child.hear()
+                self.assertBodies(new, ["new"] * 50)
+
+        writer = self.child(write)
+
+        def listen() -> None:
+            if writer.hear() == "wrote":
+                wrote.set()
+
+        thread = threading.Thread(target=listen)
+
+        def look_and_let_it_write(path: str) -> tuple[int, int] | None:
+            identity = file_identity(path)
+            if path.endswith("-wal") and not thread.ident:
+                thread.start()
+                writer.say("go")
+                self.assertFalse(wrote.wait(0.3), "the reader has the lock")
+            return identity
+
+        file_identity = simplebroker.file_identity
+        queue = self.queue()
+        queue.write_many(["old"] * 50)
+        self.remove("")
+        with mock.patch.object(simplebroker, "file_identity", look_and_let_it_write):
+            queue.peek()
+        self.assertTrue(wrote.wait(DEADLINE_S))
+        thread.join(DEADLINE_S)
+        self.assertTrue(Path(f"{self.path}-wal").exists())
+        self.assertBodies(queue, ["new"] * 50)
+        self.assertBodies(Queue("q", self.path, settings=Settings(cache_mb=3)), ["new"] * 50)
+        writer.say("end")
+        self.assertEqual(writer.wait(), 0)
+        queue.close()
+        self.assertBodies(self.queue(), ["new"] * 50)
+
+    def test_the_log_of_a_deleted_file_is_compared_while_it_is_open(self) -> None:
+        """Once it is closed and removed, another file can have its inode."""
+        file_identity = simplebroker.file_identity
+        for act in (Queue.peek, lambda queue: queue.write("new")):
+            queue = self.queue()
+            queue.write("old")
+            runner = queue.broker.runner
+            assert isinstance(runner, SQLiteRunner)
+            looked: list[bool] = []
+
+            def look(path: str, runner: SQLiteRunner = runner, looked: list[bool] = looked) -> tuple[int, int] | None:
+                if path.endswith("-wal"):
+                    looked.append(runner._log is not None and runner._connection is not None)
+                return file_identity(path)
+
+            self.remove("")
+            with mock.patch.object(simplebroker, "file_identity", look):
+                act(queue)
+            self.assertTrue(looked and looked[0])
+            queue.delete()
+            queue.close()
+
+    def test_a_reader_of_a_deleted_database_leaves_nothing_behind(self) -> None:
+        for suffixes in (("", "-wal", "-shm", ".lock"), ("", ".lock"), ("",)):
+            with self.subTest(suffixes):
+                queue = self.queue()
+                queue.write("old")
+                self.remove(*suffixes)
+                self.assertIsNone(queue.peek())
+                queue.close()
+                left = [path.name for path in self.dir.iterdir()]
+                self.assertEqual(left, [] if ".lock" in suffixes else ["test.db.lock"])
+
+    def test_a_file_that_someone_else_deleted_first_is_deleted(self) -> None:
+        queue = self.queue()
+        queue.write("old")
+        unlink = os.unlink
+
+        def be_late(path: str) -> None:
+            unlink(path)
+            unlink(path)
+
+        with mock.patch("simplebroker.os.unlink", be_late):
+            self.assertTrue(queue.broker.delete_database())
+        self.assertEqual(list(self.dir.iterdir()), [])
+
     def test_garbage_in_its_place_is_refused_and_left_alone(self) -> None:
         garbage = random.Random(7).getrandbits(8 * 20_000).to_bytes(20_000, "big")
         for with_log in (False, True):
