@@ -784,6 +784,11 @@ class WriterLock:
             self._open(make)
         return True
 
+    @property
+    def excludes(self) -> bool:
+        """Whether acquire() keeps others out: files can be locked here."""
+        return self._fd is not None and self._usable
+
     def release(self) -> None:
         """Let the next writer in."""
         if self._fd is not None and self._usable:
@@ -1876,9 +1881,11 @@ class SQLiteRunner(SQLRunner):
                 self._connect_to_nothing()
             else:
                 self._connect(deadline)
-        except BaseException:
+        except BaseException as error:
             self._disconnect()
-            raise
+            if deadline is not None or not isinstance(error, BrokerError) or self._identify() == identity:
+                raise
+            self._use_current_file()  # it was deleted or replaced at this moment
 
     def _identify(self) -> tuple[int, ...] | None:
         """What tells the file that the path names from others; None if there is none."""
@@ -1958,8 +1965,11 @@ class SQLiteRunner(SQLRunner):
         finally:
             if self._connection is not None and self._connection.in_transaction:
                 self._execute("COMMIT")
-        if magic == 0 and not objects and os.path.getsize(self.path) != 1:  # SQLite takes one byte for none
-            return False
+        try:
+            if magic == 0 and not objects and os.path.getsize(self.path) != 1:  # SQLite takes one byte for none
+                return False
+        except FileNotFoundError:
+            raise OperationalError(f"{self.path!r} was deleted at this moment: try again") from None
         if magic != APPLICATION_ID:
             raise DatabaseError(f"{self.path!r} is a database of another program: choose another file")
         if version and version[0][0] != SCHEMA_VERSION:
@@ -1985,7 +1995,13 @@ class SQLiteRunner(SQLRunner):
             raise OperationalError(f"cannot create {self.path!r}: {error.strerror}") from error
         if hasattr(os, "fchmod"):
             os.fchmod(fd, 0o600)  # also under a umask that takes bits away from the owner
-        os.close(fd)  # the log of a deleted database that had this name is removed by SQLite, as this file is empty
+        os.close(fd)
+        if self._lock.excludes:  # else someone may already use the new file; then SQLite removes the log alone
+            self._remove_log()  # of a deleted database that had this name: its readers would write to the new index
+
+    def _remove_log(self) -> None:
+        remove_file(self.path + "-wal")
+        remove_file(self.path + "-shm")
 
     def _make_schema(self, deadline: float) -> None:
         self._execute(f"PRAGMA page_size = {PAGE_BYTES}")
@@ -2020,8 +2036,7 @@ class SQLiteRunner(SQLRunner):
             left_behind = log is not None and log == file_identity(self.path + "-wal")
             self._disconnect(moved=True)
             if left_behind:
-                remove_file(self.path + "-wal")
-                remove_file(self.path + "-shm")
+                self._remove_log()
         finally:
             if not locked:
                 self._lock.release()

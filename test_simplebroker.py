@@ -2865,6 +2865,55 @@ class FileChanges(ForkTest):
             queue.delete()
             queue.close()
 
+    @NEEDS_LOCKS
+    def test_readers_of_a_deleted_file_do_not_share_the_index_of_the_next(self) -> None:
+        """SQLite removes the old log when it makes a file, but not the index, into which the readers write."""
+
+        def write(child: Child) -> None:
+            child.hear()
+            self.queue().write("new")
+            child.say("wrote")
+            child.hear()
+
+        writer = self.child(write)
+        old = self.queue()
+        old.write("old")
+        old_index = os.open(f"{self.path}-shm", os.O_RDONLY)  # which keeps its inode from being used again
+        self.addCleanup(os.close, old_index)
+        self.remove("")
+        writer.say("go")
+        self.assertEqual(writer.hear(), "wrote")
+        self.assertNotEqual(os.stat(f"{self.path}-shm").st_ino, os.fstat(old_index).st_ino)
+        self.assertBodies(old, ["new"])
+        writer.say("end")
+
+    def test_a_database_deleted_while_it_is_opened_is_empty_for_readers(self) -> None:
+        opening = SQLiteRunner._open
+
+        def delete_first(runner: SQLiteRunner, mode: str) -> None:
+            self.remove("", "-wal", "-shm")
+            opening(runner, mode)
+
+        def delete_then(runner: SQLiteRunner, mode: str) -> None:
+            opening(runner, mode)
+            self.remove("", "-wal", "-shm")
+
+        for open_, make in ((delete_first, lambda: self.queue().write("old")), (delete_then, self.path.touch)):
+            with self.subTest(open_.__name__):
+                make()
+                queue = self.queue(settings=Settings(cache_mb=3))
+                with mock.patch.object(SQLiteRunner, "_open", open_):
+                    self.assertIsNone(queue.peek())
+                queue.write("new")
+                self.assertBodies(queue, ["new"])
+                queue.broker.delete_database()
+        self.path.touch()
+        too_late = mock.patch.object(SQLiteRunner, "_open", delete_then)
+        with too_late, self.assertRaisesRegex(OperationalError, "deleted at this moment: try again"):
+            self.queue().write("x")
+        self.queue().write("new")
+        self.assertBodies(self.queue(), ["new"])
+
     def test_a_reader_of_a_deleted_database_leaves_nothing_behind(self) -> None:
         for suffixes in (("", "-wal", "-shm", ".lock"), ("", ".lock"), ("",)):
             with self.subTest(suffixes):
