@@ -11689,6 +11689,24 @@ class ResilientWorkerShell(ShellExample):
         self.assertEqual((message, message and message.attempt), ("long", 2))
         go()
 
+    def test_a_lease_whose_name_arrives_in_parts_is_renewed(self) -> None:
+        """bash reads byte by byte, and its time may be over in the middle of a name."""
+        noting = self.command(f'echo "$3" >>"{self.dir}/renewed"')
+        text = (EXAMPLES / self.script).read_text().rpartition('main "$@"')[0] + "keep_lease jobs\n"
+        assert BASH is not None
+        keeper = subprocess.Popen(
+            [BASH, "-c", text], env={**self.environ, "BROKER": str(noting), "LEASE_S": "1"}, stdin=subprocess.PIPE
+        )
+        self.addCleanup(keeper.wait, TIMEOUT_S)
+        assert keeper.stdin is not None
+        self.addCleanup(keeper.stdin.close)
+        for part in ("1.1\n", "23", "45", "6.7\n"):
+            renewals = len(self.note("renewed").split())
+            keeper.stdin.write(part.encode())
+            keeper.stdin.flush()
+            self.wait_until(lambda n=renewals: len(self.note("renewed").split()) >= n + 2, part)  # type: ignore[misc]
+        self.assertEqual(sorted(set(self.note("renewed").split())), ["1.1", "23456.7"])
+
     def test_a_message_that_the_checkpoint_names_is_removed_and_not_handled_again(self) -> None:
         done, tried = self.write("done", "tried")
         checkpoint = self.dir / "checkpoint"

@@ -171,14 +171,15 @@ work_by_lease() {
 # Renew the lease that the worker names on our standard input, until it names none. At the end of the input the worker
 # is gone, however it went, and the lease runs out.
 keep_lease() {
-    local queue=$1 lease='' line status nap
+    local queue=$1 lease='' line='' part status nap
     nap=$(seconds "$((LEASE_S * 1000 / 3))")
     trap '' INT TERM
     while true; do
         status=0
-        IFS= read -r -t "$nap" line || status=$?
+        IFS= read -r -t "$nap" part || status=$?
+        line+=$part # a read whose time is over has read a part of the line
         if ((status == 0)); then
-            lease=$line
+            lease=$line line=''
         elif ((status <= 128)); then
             return 0
         elif [[ -n $lease ]]; then
