@@ -7465,7 +7465,7 @@ class PlacementTest(CommandTest):
 
         self.assertRan(run("simplebroker.py", "write", "tasks", "as a script"), b"")
         self.assertRan(run("simplebroker.py", "read", "tasks"), b"as a script\n")
-        installed = "import sys; from simplebroker import main; sys.exit(main())"  # what a console script does
+        installed = "import sys; from simplebroker import run_and_exit; sys.exit(run_and_exit())"  # a console script
         self.assertRan(run("-c", installed, "write", "tasks", "installed"), b"")
         os.unlink(self.dir / "simplebroker.py")
         self.assertRan(run("-m", "pkg.vendor.simplebroker", "read", "tasks"), b"installed\n")
@@ -7473,7 +7473,29 @@ class PlacementTest(CommandTest):
         code = "from pkg.vendor.simplebroker import Queue\nfrom pkg.vendor.simplebroker.ext import SQLRunner\n"
         self.assertRan(run("-c", code + "print(Queue('t').read(), SQLRunner.__name__)"), b"None SQLRunner\n")
         scripts = (ROOT / "pyproject.toml").read_text().partition("[project.scripts]")[2].splitlines()[1:3]
-        self.assertEqual(scripts, ['broker = "simplebroker:main"', 'simplebroker = "simplebroker:main"'])
+        self.assertEqual(scripts, [f'{name} = "simplebroker:run_and_exit"' for name in ("broker", "simplebroker")])
+
+    def test_the_command_ends_without_taking_python_apart_but_nothing_is_lost(self) -> None:
+        code = """
+import atexit, sys, simplebroker
+class Witness:
+    def __del__(self):
+        print("Python is taken apart", flush=True)
+witness = Witness()
+atexit.register(print, "registered")
+simplebroker.run_and_exit()
+"""
+        environ = {name: value for name, value in self.environ.items() if name != "PYTHONUNBUFFERED"}
+        for output, status in ((b"body\n", 0), (b"", 2)):
+            self.queue().write("body") if output else self.queue().delete()
+            child = self.python(code, "-f", "test.db", "read", "q", env=environ, stderr=subprocess.PIPE)
+            self.assertRan(self.finish(child), output + b"registered\n", status=status)
+        if os.path.exists("/dev/full"):
+            with open("/dev/full", "wb") as full:
+                child = self.python(code, "-f", "test.db", "list", env=environ, stdout=full, stderr=subprocess.PIPE)
+                done = self.finish(child)
+            self.assertEqual((done.returncode, done.stderr.count(b"\n")), (1, 1), done.stderr)
+            self.assertIn(b"No space left", done.stderr)
 
 
 @unittest.skipUnless(POSIX, "needs a POSIX shell")
@@ -11290,7 +11312,7 @@ def broker_command() -> Path:
         "unset PYTHONDONTWRITEBYTECODE\n"
         f"PYTHONPYCACHEPREFIX={shlex.quote(scratch.name)} PYTHONPATH={shlex.quote(str(ROOT))} "
         f"exec {shlex.quote(sys.executable)} -S "
-        "-c 'import simplebroker; raise SystemExit(simplebroker.main())' \"$@\"\n"
+        "-c 'import simplebroker; simplebroker.run_and_exit()' \"$@\"\n"
     )
     path.chmod(0o755)
     return path
