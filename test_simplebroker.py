@@ -51,6 +51,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, ClassVar
 from unittest import mock
 
@@ -1473,6 +1474,80 @@ class WriterLockTest(ForkTest):
             writer.join(DEADLINE_S)
             self.assertLess(ended[0] - released, 1)
         self.assertBodies(queue, ["a", "b", "c"])
+
+    @NEEDS_LOCKS
+    @unittest.skipUnless(ON_LINUX, "needs the queue for the lock")
+    def test_a_busy_holder_lets_the_next_go_first_when_its_turn_is_over(self) -> None:
+        """Who wakes up in flock() may find it locked again, and again."""
+        naps: list[float] = []
+        clock = SimpleNamespace(now=100.0)
+
+        def sleep(seconds: float) -> None:
+            naps.append(clock.now)
+            clock.now += seconds
+
+        lock = WriterLock(self.path)
+        self.addCleanup(lock.close)
+
+        def hold_again_and_again(seconds: float, patient: bool = True) -> list[bool | None]:
+            end, taken = clock.now + seconds, []
+            while clock.now < end:
+                clock.now += 0.0002
+                taken.append(lock.acquire(clock.now + 1, patient=patient))
+                lock.release()
+            return taken
+
+        def be_next(child: Child) -> None:
+            self.assertTrue(simplebroker._lock_turn(os.open(f"{self.path}.lock", os.O_RDWR)))
+            child.say("next")
+            child.hear()
+
+        with mock.patch.object(simplebroker, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep)):
+            hold_again_and_again(0.5)
+            self.assertEqual(naps, [], "nobody is there")
+            child, came = self.child(be_next), clock.now
+            self.assertEqual(child.hear(), "next")
+            hold_again_and_again(0.1)
+            turn = simplebroker.LOCK_TURN_S
+            self.assertTrue(turn <= naps[0] - came <= turn + 2 * simplebroker.LOCK_PAUSE_S, naps)
+            pauses = [after - before for before, after in zip(naps, naps[1:])]
+            self.assertGreaterEqual(len(pauses), 2, "it does so again ...")
+            self.assertGreaterEqual(min(pauses), simplebroker.LOCK_TRUST_S, "... but not often, if it is in vain")
+            count = len(naps)
+            taken = hold_again_and_again(0.1, patient=False)
+            self.assertEqual((taken.index(None) > 3, taken[-1], len(naps)), (True, None, count), "or leaves at its end")
+            child.say("end")
+            self.assertEqual(child.wait(), 0)
+            self.assertNotIn(None, hold_again_and_again(0.05, patient=False)[1:])
+            self.assertEqual(len(naps), count)
+
+    @NEEDS_LOCKS
+    @unittest.skipUnless(ON_LINUX, "needs the queue for the lock")
+    def test_a_waiter_is_next_until_it_has_the_lock(self) -> None:
+        """Also while it blocks: so the holder knows."""
+        self.queue().write("a")
+
+        def write(child: Child) -> None:
+            self.queue().write("b")
+            child.say("wrote")
+            child.hear()
+
+        def blocks() -> bool:
+            locks = Path("/proc/locks").read_text().splitlines()
+            return any("->" in line and "FLOCK" in line and f":{os.fstat(fd).st_ino} " in line for line in locks)
+
+        fd = os.open(f"{self.path}.lock", os.O_RDWR)
+        self.addCleanup(os.close, fd)
+        holder = WriterLock(self.path)
+        holder.acquire(time.monotonic() + DEADLINE_S)
+        writer = self.child(write)
+        self.wait_for(blocks, "the writer to block")
+        self.assertTrue(simplebroker._someone_is_next(fd))
+        holder.release()
+        self.assertEqual(writer.hear(), "wrote")
+        self.assertFalse(simplebroker._someone_is_next(fd))
+        holder.close()
+        writer.say("end")
 
     def test_a_timeout_of_zero_does_not_wait(self) -> None:
         queue = self.queue(settings=Settings(busy_timeout_ms=0))
