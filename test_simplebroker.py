@@ -45,6 +45,7 @@ import threading
 import time
 import traceback
 import unittest
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12441,6 +12442,21 @@ class BenchmarkArithmetic(BenchmarkModule):
         self.assertEqual(self.benchmark.repeat(fail, False, 0.01, load), 0)
         self.assertEqual(load.errors["OSError: busy"], len(load.waits))
         self.assertGreater(len(load.waits), 0)
+
+    def test_of_the_worst_waits_the_worst_is_shown_and_the_median_ratio_judged(self) -> None:
+        """Now and then a sync takes the disk long, whoever asks for it."""
+
+        def loads(*worst_s: float) -> list[Any]:
+            return [self.benchmark.Load(100.0, array("d", [0.001] * 9 + [worst])) for worst in worst_s]
+
+        of = {"simplebroker": loads(0.02, 0.5, 0.02), "bare sqlite3": loads(0.4, 0.5, 0.6)}
+        rows = list(self.benchmark.load_rows("contention", "8 writers, FULL", 8, "bare sqlite3", of))
+        self.assertEqual([row.what.rpartition(", ")[2] for row in rows], ["throughput", "worst wait"])
+        self.assertEqual((rows[1].ours, rows[1].reference), (500.0, 600.0))
+        self.assertAlmostEqual(rows[1].ratio, 0.05)
+        self.assertTrue(rows[1].met)
+        (_, row) = self.benchmark.load_rows("contention", "16 writers, FULL", 16, "bare sqlite3", of)
+        self.assertEqual((row.bound_text, row.met), ("<= 200 ms", False), "of 16 writers the worst of all counts")
 
     def test_the_worst_wait_is_the_greatest(self) -> None:
         load = self.benchmark.Load()
