@@ -873,12 +873,12 @@ class WriterLock:
                 raise OperationalError(
                     f"the database is busy: another process holds {self.path!r} for longer than BROKER_BUSY_TIMEOUT"
                 ) from None
-            self._seen_next, self._turn_ends = False, 0.0
+            self._seen_next, self._turn_ends = False, 0.0  # a new turn: look at its first write
         except (OSError, NotImplementedError):  # ENOSYS, ENOLCK, EOPNOTSUPP: no locks on this file system
             self._usable = False
 
     def _has_to_yield(self, fd: int, now: float, patient: bool) -> bool:
-        """Look whether someone is next, and at the end of the turn stay away for a moment. True: do so elsewhere."""
+        """Look whether someone is next; if our turn is over, stay away for a moment, or, not patient, return True."""
         if not _someone_is_next(fd):
             self._seen_next, self._turn_ends = False, now + LOCK_PAUSE_S
         elif not self._seen_next:
@@ -1453,7 +1453,7 @@ _MEANINGS = (
     ("disk I/O", "the file cannot be read or written, perhaps at a limit of its size: nothing was changed"),
     ("open database", "the database cannot be opened: check that the directory exists and is accessible"),
 )
-OTHERS_WRITE = "others write at this moment: INSERT_MESSAGE is for when they do not"
+_OTHERS_WRITE = "others write at this moment: INSERT_MESSAGE is for when they do not"
 # Connections that must never be closed, not even when the interpreter ends.
 _abandoned: list[sqlite3.Connection] = []
 _unusable: set[str] = set()  # databases that this process cannot open: it was forked during a transaction on them
@@ -1629,7 +1629,7 @@ class SQLiteRunner(SQLRunner):
             if sql != INSERT_MESSAGE:
                 deadline = self._enter()
             elif self._line.works or not self._mutex.acquire(blocking=False):
-                raise IntegrityError(OTHERS_WRITE)
+                raise IntegrityError(_OTHERS_WRITE)
             else:
                 deadline = time.monotonic() + self._timeout_s
             try:
@@ -1853,7 +1853,7 @@ class SQLiteRunner(SQLRunner):
             self._use_current_file()  # refuses a foreign file before a lock file is put beside it
         waited = self._lock.acquire(deadline, patient=patient)
         if waited is None:
-            raise IntegrityError(OTHERS_WRITE)
+            raise IntegrityError(_OTHERS_WRITE)
         try:
             self._use_current_file(deadline)
             if waited or self._waited:
@@ -4142,8 +4142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_and_exit() -> NoReturn:
-    """The command: main(), and the end of the process, without the 8 ms in which Python would take itself apart. All
-    is closed and flushed, and what others have registered with atexit is called."""
+    """The command: main(), and the end of the process, without the 6 to 8 ms in which Python would take itself
+    apart. All is closed and flushed, and what others have registered with atexit is called."""
     status = main()
     import atexit
 

@@ -2913,7 +2913,7 @@ class FileChanges(ForkTest):
         thread.join(DEADLINE_S)
         self.assertTrue(Path(f"{self.path}-wal").exists())
         self.assertBodies(queue, ["new"] * 50)
-        self.assertBodies(Queue("q", self.path, settings=Settings(cache_mb=3)), ["new"] * 50)
+        self.assertBodies(self.queue(settings=Settings(cache_mb=3)), ["new"] * 50)
         writer.say("end")
         self.assertEqual(writer.wait(), 0)
         queue.close()
