@@ -5,17 +5,20 @@ Vocabulary
     message       a text body with an id, in one queue
     id            positive 63-bit integer that only grows: nanoseconds since 1970, low 12 bits a counter
     ready         deliverable now
-    held          not deliverable before a time: *leased* (attempt > 0) or *delayed* (attempt = 0)
-    attempt       how many times the message has been leased; with the id it is the fencing token
+    leased        hidden until a time, because a consumer has it; the lease has a random token
+    delayed       hidden until a time, and nobody has it
+    attempt       how many times the message has been leased
+    reason        why its last attempt failed
     dead-letter   the queue for messages whose attempts are used up, QUEUE.dead unless told otherwise
 
     write ------------> READY -- read -------------> gone
       | delay           |   ^
       +--> DELAYED -due-+   | release, or the lease ended
-                      lease |
-                        v   |
-                       LEASED -- ack --------------> gone
-                            +--- attempts used up -> READY in QUEUE.dead
+             ^    lease |   |
+             |          v   |
+             +--------- LEASED -- ack -------------> gone
+          release with      +---- attempts used up -> READY in QUEUE.dead, with the reason
+          a delay
 
 Promises
     Durable      when write() returns, the message survives a crash of the process, and of the machine
@@ -25,16 +28,17 @@ Promises
     Never lost   read() removes and returns in one transaction (at most once); what hands a message to
                  code or to a pipe leases it first and removes it afterwards (at least once)
     Never stuck  a lease ends by itself; a stale consumer cannot acknowledge what was given to another
-    Portable     Python 3.9+, SQLite 3.8.3+; Linux, macOS, Windows; CPython and PyPy
+    Portable     Python 3.9+, SQLite 3.31+; Linux, elsewhere through plainer ways; CPython and PyPy
 
 Exit statuses of the command: 0 done; 1 error, one line on standard error; 2 nothing there.
 
-The rooms of this file, each using only the rooms above it: constants, errors and Message, settings,
-SQL, timestamps, paths, writer lock, waiting, runners, Broker, Queue, watchers, command line, main.
+The sections of this file, each using only those above it: constants, errors and Message, settings, SQL,
+ids and times, paths, writer lock, notifier, runners, Broker, Queue, watchers, command line, main.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import sqlite3
 import stat
@@ -43,6 +47,7 @@ import threading
 import time
 import weakref
 from collections import namedtuple
+from functools import partial
 
 try:
     import fcntl
@@ -54,7 +59,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from datetime import datetime
-    from types import FrameType, TracebackType
+    from types import FrameType
     from typing import Any, Callable, NoReturn, TypeVar, Union
 
     T = TypeVar("T")
@@ -64,9 +69,9 @@ if TYPE_CHECKING:
     Handler = Callable[["Message", int], object]
     ErrorHandler = Callable[[BaseException, "Message", int], Union[bool, None]]
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 # Queues and consumers; handlers for watchers; errors; extensions.
-__all__ = ["Broker", "LeaseKeeper", "Message", "Queue", "QueueMoveWatcher", "QueueWatcher", "Settings", "Stats"]
+__all__ = ["Broker", "LeasesInFlight", "Message", "Queue", "QueueMoveWatcher", "QueueWatcher", "Settings", "Stats"]
 __all__ += ["default_error_handler", "json_print_handler", "logger_handler", "simple_print_handler"]
 __all__ += ["BrokerError", "DatabaseError", "IntegrityError", "LeaseLost", "MessageError", "OperationalError"]
 __all__ += ["QueueNameError", "UsageError", "SQLRunner", "SQLiteRunner", "TimestampGenerator", "WriterLock", "main"]
@@ -76,21 +81,23 @@ __all__ += ["QueueNameError", "UsageError", "SQLRunner", "SQLiteRunner", "Timest
 # ---------------------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x53424B52  # "SBKR" in the header of the database file
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ID_COUNTER_MASK = 0xFFF  # the low 12 bits of an id
 ID_DIGITS = 19
 MAX_ID = 2**63 - 2**32  # ids stay below this, so far from the end of the integers that sums cannot overflow
 MAX_QUEUE_NAME = 512  # characters
+MAX_REASON = 200  # characters
 DEFAULT_LEASE_S = 30.0
 DEFAULT_MAX_ATTEMPTS = 5
-GIVEN_BACK = -1  # attempt of a message whose keeper gave it back
 BACKOFF_S = 0.5  # delay after the first failed attempt; doubles with each further one ...
 MAX_BACKOFF_S = 300.0  # ... up to this
 MAX_BATCH = 1000  # messages in one transaction of a long operation
+MAX_PROMOTED = 100  # messages that became due and are made ready at once, unless more are wanted
 PAGE_BYTES = 2048  # of new databases: a small write is logged page by page, and 4096 make it 1.25 times slower
 BATCH_BYTES = 1 << 20  # a batch that is heavier than this makes the next one smaller ...
 FAST_BATCH_S = 0.1  # ... and so does one that its consumer worked on for longer than this
 NS = 1_000_000_000  # nanoseconds in a second
+LAST_LOADED_ID = 7_258_118_400 * NS  # the year 2200: an id beyond it would leave few for those after it
 
 # ---------------------------------------------------------------------------------------------------
 # Errors and Message: one base for all errors; a message is its body, and knows where it came from.
@@ -105,12 +112,20 @@ class OperationalError(BrokerError, sqlite3.OperationalError):
     """The database is busy, full, read-only or cannot be opened. Trying again later may work."""
 
 
+class NotSynced(OperationalError):
+    """The transaction is committed, but the disk refused to sync it: a crash of the machine may undo it."""
+
+    def __init__(self, text: str, result: Any = None) -> None:
+        super().__init__(text)
+        self.result = result  # of the transaction's function
+
+
 class IntegrityError(BrokerError, sqlite3.IntegrityError):
     """A constraint of the database would be violated, such as an id that exists already."""
 
 
 class DatabaseError(BrokerError, sqlite3.DatabaseError):
-    """The file is not a SimpleBroker database, is damaged, or is of a newer version."""
+    """The file is not a SimpleBroker database, is damaged, or is of another version."""
 
 
 class QueueNameError(BrokerError, ValueError):
@@ -130,25 +145,43 @@ class LeaseLost(BrokerError):
 
 
 class Message(str):
-    """A message body that also carries its id, queue and attempt. Everywhere else it is a str.
+    """A message body that also carries where it came from. Everywhere else it is a str, but always true.
+
+    id, queue   which message it is
+    attempt     how many times it has been leased
+    lease       the token of the lease that lease() gave the caller; None without one
+    reason      why its last attempt failed; None if none did
+    due         when a held message becomes ready, in nanoseconds since 1970; None if it is ready
+    state       "ready", "leased" or "delayed", when it was looked at
 
     >>> m = Message("hello", 1837025672140161024, "tasks")
     >>> m, m.id, m.time.isoformat()
     ('hello', 1837025672140161024, '2028-03-18T20:54:32.140161+00:00')
     """
 
-    __slots__ = ("attempt", "id", "queue")
+    __slots__ = ("attempt", "due", "id", "lease", "queue", "reason", "state")
     id: int
     queue: str
     attempt: int
+    lease: int | None
+    reason: str | None
+    due: int | None
+    state: str
 
-    def __new__(cls, body: str, id: int, queue: str, attempt: int = 0) -> Message:
+    def __new__(
+        cls, body: str, id: int, queue: str, attempt: int = 0, lease: int | None = None, reason: str | None = None,
+        due: int | None = None, state: str = "ready",
+    ) -> Message:  # fmt: skip
         self = str.__new__(cls, body)
-        self.id, self.queue, self.attempt = id, queue, attempt
+        self.id, self.queue, self.attempt, self.lease = id, queue, attempt, lease
+        self.reason, self.due, self.state = reason, due, state
         return self
 
+    def __bool__(self) -> bool:  # so that ``while message := queue.read():`` does not end at an empty body
+        return True
+
     def __getnewargs__(self) -> tuple[Any, ...]:  # copies and pickles keep everything
-        return str(self), self.id, self.queue, self.attempt
+        return str(self), self.id, self.queue, self.attempt, self.lease, self.reason, self.due, self.state
 
     @property
     def timestamp(self) -> int:
@@ -172,8 +205,8 @@ def check_queue_name(name: str) -> str:
         raise TypeError(f"a queue name is a str, not {type(name).__name__}")
     if not (0 < len(name) <= MAX_QUEUE_NAME and name[0] not in "-." and _QUEUE_CHARACTERS.issuperset(name)):
         raise QueueNameError(
-            f"queue name {name[:60]!r}{'...' * (len(name) > 60)} is not allowed: use 1 to {MAX_QUEUE_NAME} letters,"
-            " digits, '_', '.' or '-', and begin with none of '.' and '-'"
+            f"queue name {shown(name)} is not allowed: use 1 to {MAX_QUEUE_NAME} letters, digits, '_', '.' or '-',"
+            " and begin with none of '.' and '-'"
         )
     return str(name)
 
@@ -200,6 +233,22 @@ def check_limit(limit: int, name: str = "limit") -> int:
     return min(limit, 2**31)
 
 
+def check_reason(reason: str | None) -> str | None:
+    """A reason as one line that a terminal can show, of at most 200 characters; None for an empty one."""
+    if reason is None:
+        return None
+    if not isinstance(reason, str):
+        raise TypeError(f"a reason is a str, not {type(reason).__name__}")
+    line = " ".join(reason[: 10 * MAX_REASON].split())[:MAX_REASON]
+    return "".join(character if character.isprintable() else "?" for character in line) or None
+
+
+def shown(value: object) -> str:
+    """A value as an error message quotes it: not longer than a line."""
+    text = repr(value[:61] if isinstance(value, (str, bytes)) else value)
+    return text if len(text) <= 64 else text[:60] + "..."
+
+
 def log_warning(text: str, *values: object) -> None:
     """Log to the logger "simplebroker"; logging is imported when there is something to say."""
     import logging
@@ -216,7 +265,7 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
     """A rule that takes plain decimal integers from low to high."""
 
     def rule(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
+        if not (text.isascii() and text.isdigit() and len(text) <= 20 and low <= int(text) <= high):
             raise ValueError(text)
         return int(text)
 
@@ -240,8 +289,9 @@ def _one_of(**words: object) -> Callable[[str], Any]:
     return rule
 
 
-def _relative_file(text: str) -> str:
-    if not text or os.path.isabs(text) or ".." in text.replace("\\", "/").split("/") or has_controls(text):
+def _file_or_url(text: str) -> str:
+    outside = os.path.isabs(text) or ".." in text.replace("\\", "/").split("/")
+    if not text or has_controls(text) or (outside and not url_scheme(text)):
         raise ValueError(text)
     return text
 
@@ -257,6 +307,12 @@ def has_controls(text: str) -> bool:
     return any(ord(character) < 32 or ord(character) == 127 for character in text)
 
 
+def url_scheme(text: str) -> str:
+    """The scheme of a URL such as postgresql://host/name, which names a database elsewhere; "" for a path."""
+    scheme, separator, _ = text.partition("://")
+    return scheme if separator and scheme.isascii() and scheme.isalnum() else ""
+
+
 _flag = _one_of(**{"1": True, "TRUE": True, "YES": True, "0": False, "FALSE": False, "NO": False, "": False})
 _RULES: tuple[tuple[str, str, object, Callable[[str], Any], str], ...] = (
     # attribute, environment variable, default, rule, what is allowed
@@ -266,14 +322,18 @@ _RULES: tuple[tuple[str, str, object, Callable[[str], Any], str], ...] = (
     ("wal_autocheckpoint", "BROKER_WAL_AUTOCHECKPOINT", 2000, _whole(1, 10**9), "a whole number of pages from 1"),
     ("max_message_size", "BROKER_MAX_MESSAGE_SIZE", 10 << 20, _whole(1, 10**9), "whole bytes from 1 to 1000000000"),
     ("max_interval_s", "BROKER_MAX_INTERVAL", 0.1, _seconds, "seconds from 0.001 to 60"),
-    ("db_name", "BROKER_DEFAULT_DB_NAME", ".broker.db", _relative_file, "a relative file name without '..'"),
+    ("db_name", "BROKER_DEFAULT_DB_NAME", ".broker.db", _file_or_url, "a relative file name without '..', or a URL"),
     ("db_location", "BROKER_DEFAULT_DB_LOCATION", None, _directory, "an absolute directory"),
     ("project_scope", "BROKER_PROJECT_SCOPE", False, _flag, "1 or 0"),
 )
 
 
-class Settings:
+class Settings(namedtuple("Settings", "busy_timeout_ms sync_mode cache_mb wal_autocheckpoint max_message_size"
+                          " max_interval_s db_name db_location project_scope")):  # fmt: skip
     """What can be configured; frozen. UsageError for a bad value names what is allowed.
+
+    Values are given by keyword; else they come from the BROKER_* variables in ``environ``, else the
+    defaults hold.
 
     busy_timeout_ms     how long an operation waits for other writers before OperationalError
     sync_mode           FULL: a write survives a power cut; NORMAL: the last ones may be lost, the file
@@ -281,8 +341,8 @@ class Settings:
     cache_mb            SQLite's page cache
     wal_autocheckpoint  pages in the write-ahead log before it is copied back
     max_message_size    bytes of a body in UTF-8
-    max_interval_s      how often a waiting consumer looks by itself; ten times as rarely where inotify works
-    db_name             file name of the database, where none is given
+    max_interval_s      how often the notifier looks by itself where the system reports no changes of files
+    db_name             file name of the database, where none is given; or its URL
     db_location         directory of the database, where none is given; None: the current directory
     project_scope       look for the database in the parent directories too
 
@@ -290,184 +350,206 @@ class Settings:
     'NORMAL'
     """
 
-    __slots__ = tuple(rule[0] for rule in _RULES)
-    if TYPE_CHECKING:
-        busy_timeout_ms: int
-        sync_mode: str
-        cache_mb: int
-        wal_autocheckpoint: int
-        max_message_size: int
-        max_interval_s: float
-        db_name: str
-        db_location: str | None
-        project_scope: bool
+    __slots__ = ()
+    busy_timeout_ms: int
+    sync_mode: str
+    cache_mb: int
+    wal_autocheckpoint: int
+    max_message_size: int
+    max_interval_s: float
+    db_name: str
+    db_location: str | None
+    project_scope: bool
 
-    def __init__(self, environ: Mapping[str, str] | None = None, **values: object) -> None:
-        """Values by keyword; else from the BROKER_* variables in ``environ``; else the defaults."""
+    def __new__(
+        cls, environ: Mapping[str, str] | None = None, *, busy_timeout_ms: int | None = None,
+        sync_mode: str | None = None, cache_mb: int | None = None, wal_autocheckpoint: int | None = None,
+        max_message_size: int | None = None, max_interval_s: float | None = None, db_name: str | None = None,
+        db_location: str | None = None, project_scope: bool | None = None,
+    ) -> Settings:  # fmt: skip
+        given, values = locals(), []
         for attribute, variable, default, rule, allowed in _RULES:
-            name, given = attribute, default
-            if attribute in values:
-                given = values.pop(attribute)
-            elif environ is not None and variable in environ:
-                name, given = variable, environ[variable]
+            name, value = attribute, given[attribute]
+            if value is None:
+                value = default
+                if environ is not None and variable in environ:
+                    name, value = variable, environ[variable]
             try:
-                object.__setattr__(self, attribute, rule("" if given is None else str(given)))
+                values.append(rule("" if value is None else str(value)))
             except ValueError:
-                raise UsageError(f"{name}={given!r}: must be {allowed}") from None
-        if values:
-            raise TypeError(f"there is no setting {', '.join(values)}: give {', '.join(self.__slots__)}")
+                raise UsageError(f"{name}={shown(value)}: must be {allowed}") from None
+        return cls._make(values)
+
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, object]]:  # copies and pickles
+        return (), self._asdict()
 
     @classmethod
     def from_environment(cls) -> Settings:
         """The settings that the BROKER_* variables of this process ask for."""
         return cls(os.environ)
 
-    def __setattr__(self, name: str, value: object) -> NoReturn:
-        raise AttributeError("Settings are frozen: make new ones")
-
-    def __delattr__(self, name: str) -> NoReturn:
-        raise AttributeError("Settings are frozen: make new ones")
-
-    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles
-        return _settings_from_key, self.key()
-
-    def key(self) -> tuple[Any, ...]:
-        """All values, for comparing."""
-        return tuple(getattr(self, name) for name in self.__slots__)
-
-
-def _settings_from_key(*values: Any) -> Settings:
-    return Settings(**dict(zip(Settings.__slots__, values)))
-
 
 # ---------------------------------------------------------------------------------------------------
 # SQL: every statement that the broker runs, once, by name. A runner for another database translates these.
-# The parameters are numbered. Bounds of ids are always given and strict: 0 and MAX_ID stand for "none".
+# Bounds of ids are always given and strict: 0 and MAX_ID stand for "none". The "+" before a column keeps SQLite
+# from looking for the few held messages of a queue by walking through all ids.
 # ---------------------------------------------------------------------------------------------------
 
 CREATE_META = """\
 CREATE TABLE IF NOT EXISTS meta (
     singleton INTEGER PRIMARY KEY CHECK (singleton = 1),
     version INTEGER NOT NULL,
-    last_id INTEGER NOT NULL
+    last_id INTEGER NOT NULL CHECK (typeof(last_id) = 'integer')
 )"""
-CREATE_MESSAGES = """\
+CREATE_MESSAGES = f"""\
 CREATE TABLE IF NOT EXISTS messages (
-    id INTEGER PRIMARY KEY,
-    queue TEXT NOT NULL,
-    body TEXT NOT NULL,
-    held_until INTEGER,
-    attempt INTEGER NOT NULL DEFAULT 0
+    id INTEGER PRIMARY KEY CHECK (id BETWEEN 1 AND {MAX_ID}),
+    queue TEXT NOT NULL CHECK (typeof(queue) = 'text'),
+    body TEXT NOT NULL CHECK (typeof(body) = 'text'),
+    held_until INTEGER CHECK (held_until IS NULL OR typeof(held_until) = 'integer'),
+    attempt INTEGER NOT NULL DEFAULT 0 CHECK (typeof(attempt) = 'integer'),
+    lease INTEGER CHECK (lease IS NULL OR typeof(lease) = 'integer'),
+    reason TEXT CHECK (reason IS NULL OR typeof(reason) = 'text')
 )"""
 CREATE_READY_INDEX = "CREATE INDEX IF NOT EXISTS ready ON messages (queue, id) WHERE held_until IS NULL"
-CREATE_HELD_INDEX = "CREATE INDEX IF NOT EXISTS held ON messages (held_until) WHERE held_until IS NOT NULL"
+CREATE_HELD_INDEX = "CREATE INDEX IF NOT EXISTS held ON messages (queue, held_until) WHERE held_until IS NOT NULL"
 INSERT_META = f"""\
 INSERT INTO meta (singleton, version, last_id)
 SELECT 1, {SCHEMA_VERSION}, 0 WHERE NOT EXISTS (SELECT 1 FROM meta)"""
 SCHEMA = (CREATE_META, CREATE_MESSAGES, CREATE_READY_INDEX, CREATE_HELD_INDEX, INSERT_META)
 SELECT_VERSION = "SELECT version FROM meta"
 SELECT_OBJECTS = "SELECT type, name, tbl_name, sql FROM sqlite_master"
+SELECT_MAGIC = "SELECT value FROM meta WHERE key = 'magic'"  # of databases of the SimpleBroker package on PyPI
 
 # The last id ever given out is the greater of meta.last_id and the highest id in the table, so that a
 # write touches no page of meta. Whoever removes the highest message notes it first (RECORD_NEWEST).
-_LAST_ID = "max(last_id, ifnull((SELECT max(id) FROM messages), 0))"
+_LAST_ID = "max(last_id, coalesce((SELECT max(id) FROM messages), 0))"
 SELECT_LAST_ID = f"SELECT {_LAST_ID} FROM meta"
 RECORD_NEWEST = f"UPDATE meta SET last_id = {_LAST_ID}"
-RECORD_LAST_ID = "UPDATE meta SET last_id = max(last_id, ?1)"
-# Gives out ?2 if ?1 is still the last id; else NULL violates the constraint (IntegrityError).
-ADVANCE_LAST_ID = f"UPDATE meta SET last_id = CASE WHEN {_LAST_ID} = ?1 THEN ?2 END"
+RECORD_LAST_ID = "UPDATE meta SET last_id = max(last_id, ?)"
+# Gives out the second id if the first is still the last one; else NULL violates the constraint (IntegrityError).
+ADVANCE_LAST_ID = f"UPDATE meta SET last_id = CASE WHEN {_LAST_ID} = ? THEN ? END"
 
-# Writes one message if ?1 is above the last id; else NULL violates the constraint (IntegrityError).
-# One statement that checks its own id costs half of BEGIN, SELECT, INSERT, COMMIT. (INSERT ... SELECT would
-# gather its rows in a temporary table first.) SQLiteRunner also refuses it while others write: its id would be too
-# old after the wait. Whoever is refused inserts in a transaction, which threads share.
-INSERT_MESSAGE = f"""\
-INSERT INTO messages (id, queue, body, held_until)
-VALUES (?1, (SELECT CASE WHEN ?1 > {_LAST_ID} THEN ?2 END FROM meta), ?3, ?4)"""
-INSERT_ONE = "INSERT INTO messages (id, queue, body, held_until) VALUES (?1, ?2, ?4, ?3)"
-BATCH_ROWS = 64
-INSERT_BATCH = "INSERT INTO messages (id, queue, body, held_until) VALUES " + ", ".join(
-    f"(?1 + {row}, ?2, ?{row + 4}, ?3)" for row in range(BATCH_ROWS)
-)
-INSERT_LOADED = "INSERT INTO messages (id, queue, body, held_until, attempt) VALUES (?1, ?2, ?3, ?4, ?5)"
+# Takes the next id by itself, from the time now or the last id; cursor.lastrowid tells it.
+INSERT_NEXT = f"""\
+INSERT INTO messages (id, queue, body, held_until) VALUES ((SELECT max(?, 1 + {_LAST_ID}) FROM meta), ?, ?, ?)"""
+INSERT_MESSAGE = "INSERT INTO messages (id, queue, body, held_until) VALUES (?, ?, ?, ?)"
+INSERT_LOADED = "INSERT INTO messages (id, queue, body, held_until, attempt, reason) VALUES (?, ?, ?, ?, ?, ?)"
 
-PROMOTE_DUE = "UPDATE messages SET held_until = NULL WHERE held_until <= ?1"
-# The last two columns: the highest id of all, and whether something held has become due (by ?5).
+PROMOTE_DUE = """\
+UPDATE messages SET held_until = NULL WHERE id IN (SELECT id FROM messages
+    WHERE queue = ? AND held_until <= ? AND +id > ? AND +id < ? ORDER BY held_until, id LIMIT ?)"""
+# The last two columns: the highest id of all, and whether something held in the queue has become due.
 SELECT_READY = """\
-SELECT id, body, attempt, (SELECT max(id) FROM messages), EXISTS (SELECT 1 FROM messages WHERE held_until <= ?5)
-FROM messages WHERE queue = ?1 AND held_until IS NULL AND id > ?2 AND id < ?3 ORDER BY id LIMIT ?4"""
-DELETE_READY = "DELETE FROM messages WHERE queue = ?1 AND held_until IS NULL AND id > ?2 AND id < ?3"
+SELECT id, body, attempt, reason, (SELECT max(id) FROM messages),
+    EXISTS (SELECT 1 FROM messages WHERE queue = ? AND held_until <= ?)
+FROM messages WHERE queue = ? AND held_until IS NULL AND id > ? AND id < ? ORDER BY id LIMIT ?"""
+DELETE_READY = "DELETE FROM messages WHERE queue = ? AND held_until IS NULL AND id > ? AND id < ?"
+DELETE_HELD = "DELETE FROM messages WHERE queue = ? AND held_until IS NOT NULL AND +id > ? AND +id < ?"
+DELETE_ALL = "DELETE FROM messages"
 MOVE_READY = """\
-UPDATE messages SET queue = ?4, attempt = 0 WHERE queue = ?1 AND held_until IS NULL AND id > ?2 AND id < ?3"""
+UPDATE messages SET queue = ?, attempt = 0, lease = NULL, reason = NULL
+WHERE queue = ? AND held_until IS NULL AND id > ? AND id < ?"""
 LEASE_READY = """\
-UPDATE messages SET held_until = ?4, attempt = attempt + 1
-WHERE queue = ?1 AND held_until IS NULL AND id > ?2 AND id < ?3"""
+UPDATE messages SET held_until = ?, lease = ?, attempt = attempt + 1
+WHERE queue = ? AND held_until IS NULL AND id > ? AND id < ?"""
+RENAME_READY = "UPDATE messages SET queue = ? WHERE queue = ? AND held_until IS NULL"
+RENAME_HELD = "UPDATE messages SET queue = ? WHERE queue = ? AND held_until IS NOT NULL"
 
-SELECT_MESSAGE = "SELECT attempt, (SELECT max(id) FROM messages) FROM messages WHERE id = ?1 AND queue = ?2"
-DELETE_MESSAGE = "DELETE FROM messages WHERE id = ?1"
-DELETE_HELD = "DELETE FROM messages WHERE held_until IS NOT NULL AND queue = ?1"
-RELEASE_MESSAGE = "UPDATE messages SET held_until = ?2 WHERE id = ?1"
-MOVE_MESSAGE = "UPDATE messages SET queue = ?2, held_until = NULL, attempt = 0 WHERE id = ?1"
-RENEW_LEASE = "UPDATE messages SET held_until = ?4 WHERE id = ?1 AND queue = ?2 AND attempt = ?3"
-# Gives back a message that no handler has seen: the lease does not count as an attempt.
-UNLEASE_MESSAGE = """\
-UPDATE messages SET held_until = NULL, attempt = attempt - 1 WHERE id = ?1 AND queue = ?2 AND attempt = ?3"""
+# Of one message. Whoever changes or removes a leased one has looked at its token before (SELECT_LEASE).
+SELECT_LEASE = "SELECT lease, (SELECT max(id) FROM messages) FROM messages WHERE id = ?"
+DELETE_MESSAGE = "DELETE FROM messages WHERE id = ?"
+EXTEND_LEASE = "UPDATE messages SET held_until = ? WHERE id = ? AND lease = ?"
+RELEASE_MESSAGE = "UPDATE messages SET held_until = ?, lease = NULL, reason = coalesce(?, reason) WHERE id = ?"
+# To the dead-letter queue or the next of a pipeline. NULL keeps the reason, '' forgets it.
+MOVE_LEASED = """\
+UPDATE messages SET queue = ?, held_until = NULL, attempt = 0, lease = NULL, reason = nullif(coalesce(?, reason), '')
+WHERE id = ?"""
+# Gives back what was not handed over: the lease does not count as an attempt.
+UNDO_LEASE = "UPDATE messages SET held_until = NULL, lease = NULL, attempt = attempt - 1 WHERE id = ? AND lease = ?"
 
-# Readers write nothing, so what is due but not promoted yet is read beside what is ready. The "+" keeps
-# SQLite from finding the few that are due by walking through all ids.
-SELECT_PEEK = """\
-SELECT * FROM (SELECT id, body, attempt FROM messages
-    WHERE queue = ?1 AND held_until IS NULL AND id > ?2 AND id < ?3 ORDER BY id LIMIT ?4)
+# Readers write nothing, so what is due but not promoted yet is read beside what is ready, as much of it as would be
+# promoted. A row: id, body, attempt, reason, held_until, is it leased.
+_ROW = "id, body, attempt, reason, held_until, lease IS NOT NULL"
+SELECT_PEEK = f"""\
+SELECT * FROM (SELECT {_ROW} FROM messages
+    WHERE queue = ? AND held_until IS NULL AND id > ? AND id < ? ORDER BY id LIMIT ?) AS ready
 UNION ALL
-SELECT * FROM (SELECT id, body, attempt FROM messages
-    WHERE held_until <= ?5 AND queue = ?1 AND +id > ?2 AND +id < ?3 ORDER BY +id LIMIT ?4)
-ORDER BY 1 LIMIT ?4"""
+SELECT * FROM (SELECT {_ROW} FROM messages
+    WHERE queue = ? AND held_until <= ? AND +id > ? AND +id < ? ORDER BY held_until, id LIMIT ?) AS due
+ORDER BY 1 LIMIT ?"""
+SELECT_PAGE = f"""\
+SELECT {_ROW} FROM messages WHERE queue = ? AND held_until IS NULL AND id > ? AND id < ? ORDER BY id LIMIT ?"""
+SELECT_ANY = f"SELECT {_ROW} FROM messages WHERE queue = ? AND id > ? AND id < ? ORDER BY id LIMIT 1"
+# Ids of held messages, page by page: those after one with the same time, then those of later times.
+SELECT_HELD_IDS = """\
+SELECT * FROM (SELECT held_until, id FROM messages
+    WHERE queue = ? AND held_until = ? AND id > ? ORDER BY id LIMIT 10000) AS same
+UNION ALL
+SELECT * FROM (SELECT held_until, id FROM messages
+    WHERE queue = ? AND held_until > ? AND held_until <= ? ORDER BY held_until, id LIMIT 10000) AS later
+ORDER BY 1, 2 LIMIT 10000"""
+IDS_AT_ONCE = 64
+SELECT_BY_IDS = f"SELECT {_ROW} FROM messages WHERE id IN ({', '.join('?' * IDS_AT_ONCE)}) AND +queue = ? ORDER BY id"
+# Is something ready, and when does the next held message become so?
 SELECT_PENDING = """\
-SELECT EXISTS (SELECT 1 FROM messages WHERE queue = ?1 AND held_until IS NULL AND id > ?2 AND id < ?3)
-OR EXISTS (SELECT 1 FROM messages WHERE held_until <= ?4 AND queue = ?1 AND +id > ?2 AND +id < ?3)"""
-# All messages of a queue, held or not, in the order of the table.
-SELECT_ANY = """\
-SELECT id, body, attempt, held_until FROM messages WHERE queue = ?1 AND id > ?2 AND id < ?3 ORDER BY id LIMIT ?4"""
+SELECT EXISTS (SELECT 1 FROM messages WHERE queue = ? AND held_until IS NULL AND id > ? AND id < ?)
+    OR EXISTS (SELECT 1 FROM messages WHERE queue = ? AND held_until <= ? AND +id > ? AND +id < ?),
+    (SELECT min(held_until) FROM messages WHERE queue = ? AND held_until > ?)"""
+# Is nothing ready, leased or waiting for its next attempt?
+SELECT_DRAINED = """\
+SELECT NOT EXISTS (SELECT 1 FROM messages WHERE queue = ? AND held_until IS NULL AND id > ?)
+    AND NOT EXISTS (SELECT 1 FROM messages WHERE queue = ? AND held_until IS NOT NULL AND +id > ?
+        AND (held_until <= ? OR lease IS NOT NULL OR attempt > 0))"""
 SELECT_COUNT = """\
-SELECT (SELECT count(*) FROM messages WHERE queue = ?1 AND held_until IS NULL)
-     + (SELECT count(*) FROM messages WHERE held_until <= ?2 AND queue = ?1)"""
-SELECT_STATS = """\
-SELECT (SELECT count(*) FROM messages WHERE queue = ?1 AND held_until IS NULL) + ifnull(sum(held_until <= ?2), 0),
-       ifnull(sum(held_until > ?2 AND attempt > 0), 0), ifnull(sum(held_until > ?2 AND attempt = 0), 0)
-FROM messages WHERE held_until IS NOT NULL AND queue = ?1"""
-SELECT_QUEUES = """\
-SELECT queue, sum(ready), sum(leased), sum(delayed) FROM (
-    SELECT queue, count(*) AS ready, 0 AS leased, 0 AS delayed
+SELECT (SELECT count(*) FROM messages WHERE queue = ? AND held_until IS NULL)
+     + (SELECT count(*) FROM messages WHERE queue = ? AND held_until <= ?)"""
+SELECT_STORED = """\
+SELECT (SELECT count(*) FROM messages WHERE queue = ? AND held_until IS NULL AND id > ? AND id < ?)
+     + (SELECT count(*) FROM messages WHERE queue = ? AND held_until IS NOT NULL AND +id > ? AND +id < ?)"""
+SELECT_ALL_COUNT = "SELECT count(*) FROM messages"
+_HELD_STATS = """\
+coalesce(sum(held_until <= :now), 0) AS ready, coalesce(sum(held_until > :now AND lease IS NOT NULL), 0) AS leased,
+    coalesce(sum(held_until > :now AND lease IS NULL), 0) AS delayed,
+    min(CASE WHEN held_until <= :now THEN id END) AS oldest FROM messages WHERE held_until IS NOT NULL"""
+SELECT_STATS = f"""\
+SELECT sum(ready), sum(leased), sum(delayed), min(oldest) FROM (
+    SELECT count(*) AS ready, 0 AS leased, 0 AS delayed, min(id) AS oldest
+    FROM messages WHERE held_until IS NULL AND queue = :queue
+    UNION ALL
+    SELECT {_HELD_STATS} AND queue = :queue
+) AS each_state"""
+SELECT_QUEUES = f"""\
+SELECT queue, sum(ready), sum(leased), sum(delayed), min(oldest) FROM (
+    SELECT queue, count(*) AS ready, 0 AS leased, 0 AS delayed, min(id) AS oldest
     FROM messages WHERE held_until IS NULL GROUP BY queue
     UNION ALL
-    SELECT queue, sum(held_until <= ?1), sum(held_until > ?1 AND attempt > 0), sum(held_until > ?1 AND attempt = 0)
-    FROM messages WHERE held_until IS NOT NULL GROUP BY queue
-) GROUP BY queue ORDER BY queue"""
-SELECT_NEXT_DUE = "SELECT min(held_until) FROM messages WHERE held_until > ?1"
+    SELECT queue, {_HELD_STATS} GROUP BY queue
+) AS each_state GROUP BY queue ORDER BY queue"""
 SELECT_DATA_VERSION = "PRAGMA data_version"
 SELECT_PAGES = "PRAGMA page_count"
 SELECT_PAGE_SIZE = "PRAGMA page_size"
 VACUUM = "VACUUM"
 TRUNCATE_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
 
-# What may make a message deliverable, now or at a time: a commit with one of these rings the doorbell.
-RINGING = frozenset([INSERT_MESSAGE, INSERT_ONE, INSERT_BATCH, INSERT_LOADED, MOVE_READY, MOVE_MESSAGE])
-RINGING |= {RELEASE_MESSAGE, UNLEASE_MESSAGE}
+# What may make a message deliverable, now or at a time: a commit with one of these notifies the watchers.
+NOTIFYING = frozenset([INSERT_NEXT, INSERT_MESSAGE, INSERT_LOADED, MOVE_READY, RENAME_READY, RENAME_HELD])
+NOTIFYING |= {MOVE_LEASED, RELEASE_MESSAGE, UNDO_LEASE}
 
 # ---------------------------------------------------------------------------------------------------
-# Timestamps: ids, and the times and durations that people write.
+# Ids and times: ids, and the times and durations that people write.
 # ---------------------------------------------------------------------------------------------------
 
 
 class TimestampGenerator:
-    """Gives out message ids: the only source of them.
+    """Gives out ids beside those of messages.
 
     The next id is ``max(now & ~0xFFF, last + 1)``: it follows the clock, never goes back when the clock
-    does, and never waits for it. ``clock`` returns nanoseconds since 1970.
+    does, and never waits for it. ``clock`` returns nanoseconds since 1970; None: that of the runner.
     """
 
-    def __init__(self, runner: SQLRunner, clock: Callable[[], int] = time.time_ns) -> None:
-        self._runner, self._clock = runner, clock
+    def __init__(self, runner: SQLRunner, clock: Callable[[], int] | None = None) -> None:
+        self._runner, self._clock = runner, clock or runner.clock
 
     def generate(self) -> int:
         """Return the next id and record it, in the caller's transaction if one is open.
@@ -476,23 +558,20 @@ class TimestampGenerator:
         """
         while True:
             last = self._runner.run(SELECT_LAST_ID, fetch=True)[0][0]
-            new = self.after(last, 1)
+            id = next_id(self._clock(), last)
             try:
-                self._runner.run(ADVANCE_LAST_ID, (last, new))
-                return new
-            except sqlite3.IntegrityError:  # someone else was between the two; the next look sees theirs
+                self._runner.run(ADVANCE_LAST_ID, (last, id))
+                return id
+            except sqlite3.IntegrityError:  # someone else was between the two: look again
                 continue
 
-    def now(self) -> int:
-        """What the next id is unless the last one is higher. INSERT_MESSAGE checks that it is not."""
-        return self._clock() & ~ID_COUNTER_MASK
 
-    def after(self, last: int, count: int) -> int:
-        """The first of ``count`` consecutive ids above ``last``."""
-        first = max(self.now(), last + 1)
-        if first + count > MAX_ID:
-            raise OperationalError(f"no ids are left after {last}: dump the messages and load them with new ids")
-        return first
+def next_id(now: int, last: int, count: int = 1) -> int:
+    """The first of ``count`` consecutive ids above ``last``, at a time."""
+    first = max(now & ~ID_COUNTER_MASK, last + 1)
+    if first + count > MAX_ID:
+        raise OperationalError(f"no ids are left after {last}: dump the messages and load them with new ids")
+    return first
 
 
 def check_id(value: int | str, name: str = "message_id") -> int:
@@ -503,19 +582,19 @@ def check_id(value: int | str, name: str = "message_id") -> int:
     """
     if isinstance(value, str):
         if not (len(value) == ID_DIGITS and value.isascii() and value.isdigit()):
-            raise ValueError(f"{name} {value[:40]!r} is not an id: give an int or {ID_DIGITS} digits")
+            raise ValueError(f"{name} {shown(value)} is not an id: give an int or {ID_DIGITS} digits")
         value = int(value)
     elif not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} is an int or a string of {ID_DIGITS} digits, not {type(value).__name__}")
     if not 0 <= value < 2**63:
-        raise ValueError(f"{name} {value} is not a positive 63-bit integer")
+        raise ValueError(f"{name} {shown(value)} is not a positive 63-bit integer")
     return value
 
 
 def id_range(message_id: Id = None, after: Id = None, before: Id = None) -> tuple[int, int]:
     """The strict bounds that three filters mean together; None does not limit."""
     low = 0 if after is None else check_id(after, "after")
-    high = MAX_ID if before is None else min(MAX_ID, check_id(before, "before"))
+    high = MAX_ID + 1 if before is None else min(MAX_ID + 1, check_id(before, "before"))
     if message_id is not None:
         wanted = check_id(message_id)
         low, high = max(low, wanted - 1), min(high, wanted + 1)
@@ -527,7 +606,7 @@ def to_ns(seconds: float, name: str = "delay") -> int:
     if not isinstance(seconds, (int, float)) or isinstance(seconds, bool):
         raise TypeError(f"{name} is a number of seconds, not {type(seconds).__name__}")
     if not 0 <= seconds <= 100 * 366 * 86400:  # refuses nan and infinity too
-        raise ValueError(f"{name} {seconds!r} must be from 0 seconds to 100 years")
+        raise ValueError(f"{name} {shown(seconds)} must be from 0 seconds to 100 years")
     return int(seconds * NS)
 
 
@@ -539,7 +618,21 @@ def datetime_to_ns(moment: datetime) -> int:
         raise TypeError(f"a time is an aware datetime or nanoseconds since 1970, not {type(moment).__name__}")
     if moment.tzinfo is None:
         raise ValueError(f"{moment.isoformat()} has no time zone: add tzinfo=timezone.utc or another one")
-    return (moment - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(microseconds=1) * 1000
+    ns = (moment - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(microseconds=1) * 1000
+    if ns >= 2**63:
+        raise ValueError(f"{moment.isoformat()} is later than 63 bits of nanoseconds since 1970 can tell (2262)")
+    return ns
+
+
+def due_time(delay: float | None, until: datetime | int | None) -> Callable[[int], int | None]:
+    """Check a delay or a time; return what gives, at a time now, when a message becomes ready (None: at once)."""
+    if delay is not None and until is not None:
+        raise ValueError("give delay or until, not both")
+    if until is not None:
+        due = check_id(until, "until") if isinstance(until, int) else datetime_to_ns(until)
+        return lambda now: due if due > now else None
+    wait = 0 if delay is None else to_ns(delay)
+    return lambda now: now + wait if wait else None
 
 
 _DURATION_UNITS_S = {"": "1", "ms": "0.001", "s": "1", "m": "60", "h": "3600", "d": "86400"}
@@ -557,7 +650,7 @@ def parse_duration(text: str) -> float:
 
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)(ms|s|m|h|d|)", text, re.ASCII)
     if not match:
-        raise ValueError(f"{text[:60]!r} is not a duration: write 90, 90s, 5m, 2h, 1d or 250ms")
+        raise ValueError(f"{shown(text)} is not a duration: write 90, 90s, 5m, 2h, 1d or 250ms")
     seconds = float(Decimal(match[1]) * Decimal(_DURATION_UNITS_S[match[2]]))
     to_ns(seconds, "duration")
     return seconds
@@ -582,7 +675,7 @@ def parse_timestamp(text: str) -> int:
     else:
         ns = datetime_to_ns(_parse_iso(text))
     if not 0 <= ns < 2**63:
-        raise ValueError(f"{text[:60]!r} is outside the times that ids can have (1970 to 2262)")
+        raise ValueError(f"{shown(text)} is outside the times that ids can have (1970 to 2262)")
     return ns
 
 
@@ -600,7 +693,7 @@ def _parse_iso(text: str) -> datetime:
         return datetime.fromisoformat(f"{day}T{minute or '00:00'}{second or ':00'}{fraction}{offset}")
     except (AttributeError, ValueError):
         raise ValueError(
-            f"{text[:60]!r} is not a time: give a {ID_DIGITS}-digit id, 2024-01-15, 2024-01-15T10:30:00Z, or Unix"
+            f"{shown(text)} is not a time: give a {ID_DIGITS}-digit id, 2024-01-15, 2024-01-15T10:30:00Z, or Unix"
             " time such as 1705314600, 1705314600s or 1705314600000ms"
         ) from None
 
@@ -611,19 +704,19 @@ def _parse_iso(text: str) -> datetime:
 
 
 def database_path(settings: Settings, directory: StrPath | None = None, file: StrPath | None = None) -> str:
-    """The absolute path of the database that these options mean. Opens and makes nothing.
+    """The absolute path of the database that these options mean, or its URL. Opens and makes nothing.
 
     An absolute file stands for itself. A relative one stays inside the directory, symbolic links
     resolved. Neither given: the nearest one upwards in project scope, else BROKER_DEFAULT_DB_LOCATION,
     else the current directory.
     """
     name = settings.db_name if file is None else _clean_path(file)
-    if os.path.isabs(name):
-        if directory is not None:
-            raise UsageError(f"{name!r} is absolute: give a directory or an absolute file, not both")
-        return os.path.realpath(name)
+    if url_scheme(name):
+        return name
     if directory is not None:
         base = _clean_path(directory)
+    elif os.path.isabs(name):
+        return os.path.realpath(name)
     elif file is None and settings.project_scope:
         base = _nearest(name)
     else:
@@ -635,13 +728,16 @@ def database_path(settings: Settings, directory: StrPath | None = None, file: St
     root = os.path.realpath(base)
     full = os.path.realpath(os.path.join(root, name))
     if not full.startswith(root.rstrip(os.sep) + os.sep):
-        raise UsageError(f"the file {name!r} leads out of {root!r}, to {full!r}: use an absolute path")
+        raise UsageError(f"the file {name!r} leads out of {root!r}, to {full!r}: use an absolute path alone")
     return full
 
 
 def api_path(settings: Settings, path: StrPath | None) -> str:
-    """The absolute path that ``db_path`` of the Python API means: any file, or None for the default."""
-    return database_path(settings) if path is None else os.path.realpath(_clean_path(path))
+    """The absolute path that ``db_path`` of the Python API means: any file, a URL, or None for the default."""
+    if path is None:
+        return database_path(settings)
+    text = _clean_path(path)
+    return text if url_scheme(text) else os.path.realpath(text)
 
 
 def _clean_path(path: StrPath) -> str:
@@ -649,7 +745,7 @@ def _clean_path(path: StrPath) -> str:
     if not isinstance(text, str):
         raise TypeError("a database path is a str or a path of str")
     if not text or has_controls(text):
-        raise UsageError(f"the path {text!r} is empty or has control characters")
+        raise UsageError(f"the path {shown(text)} is empty or has control characters")
     if text == ":memory:":
         raise UsageError("':memory:' is not a file: a queue is shared through one (or pass your own runner)")
     return text
@@ -665,84 +761,28 @@ def _nearest(name: str) -> str:
         here = parent
     return here
 
+
 # ---------------------------------------------------------------------------------------------------
-# Writer lock: writers of all processes queue here instead of sleeping in SQLite's busy handler.
-# The file beside the database is never deleted but by --cleanup, and is the doorbell of the watchers too.
+# Writer lock: writers of all processes take turns here instead of sleeping in SQLite's busy handler. A holder has it
+# for some tens of microseconds and then leaves to sync, so it is enough to try again and again. The file beside the
+# database is never deleted but by --cleanup. It also is what watchers are notified by.
 # ---------------------------------------------------------------------------------------------------
 
 LOCK_SUFFIX = ".lock"
-LOCK_THREAD_NAME = "simplebroker-lock"  # of one that blocks in flock()
-LOCK_PAUSE_S = 0.001  # between looks for the lock, before blocking
-LOCK_LOOKS = 2  # that the next in the queue takes before it blocks and so, usually, ends the holder's turn
-LOCK_TURN_S = 0.003  # after which the holder lets go by itself: longer than those looks take ...
-LOCK_YIELD_S = 0.002  # ... and stays away for so long ...
-LOCK_TRUST_S = 0.02  # ... or, if that was in vain because the next is stopped, does so again after this
-LOCK_CHECK_S = 0.1  # how often a waiter looks past its place in the queue, and the file is compared with its path
-
-
-def _lock(fd: int, block: bool) -> None:
-    """Lock the file; OSError if it is locked (BlockingIOError, PermissionError) or cannot be."""
-    if fcntl is not None:
-        fcntl.flock(fd, fcntl.LOCK_EX if block else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    else:
-        _windows_lock(fd, "LK_NBLCK")
-
-
-def _unlock(fd: int) -> None:
-    if fcntl is not None:
-        fcntl.flock(fd, fcntl.LOCK_UN)
-    else:
-        _windows_lock(fd, "LK_UNLCK")
-
-
-def _lock_turn(fd: int) -> bool:
-    """Wait to be the next for the lock. Only a courtesy: it is lost when the process closes the file elsewhere."""
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_EX, 1, 1 << 30)
-    except OSError:
-        return False
-    return True
-
-
-def _unlock_turn(fd: int) -> None:
-    fcntl.lockf(fd, fcntl.LOCK_UN, 1, 1 << 30)
-
-
-def _someone_is_next(fd: int) -> bool:
-    """Does a waiter of another process have its turn? Where the two kinds of locks are one, nobody knows."""
-    if sys.platform != "linux":
-        return False
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1 << 30)
-    except OSError as error:
-        return isinstance(error, (BlockingIOError, PermissionError))
-    _unlock_turn(fd)
-    return False
-
-
-def _write_byte(fd: int) -> None:
-    if hasattr(os, "pwrite"):
-        os.pwrite(fd, b"\n", 0)
-    else:
-        os.lseek(fd, 0, os.SEEK_SET)
-        os.write(fd, b"\n")
-
-
-def _windows_lock(fd: int, mode: str) -> None:
-    try:
-        import msvcrt
-    except ImportError:
-        raise NotImplementedError("this platform has no file locks") from None
-    os.lseek(fd, 1 << 30, os.SEEK_SET)  # these locks are mandatory: keep clear of the byte that rings
-    msvcrt.locking(fd, getattr(msvcrt, mode), 1)  # type: ignore[attr-defined]
+LOCK_PAUSE_US = (50, 800)  # between two tries, at random; a pause that grows makes the longest waits longer
+LOCK_LONG_S = 0.003  # who had the lock for longer than this ...
+LOCK_AWAY_S = 0.001  # ... stays away for so long, so that others find it free
+LOCK_CHECK_S = 0.1  # how often the file is compared with its path
 
 
 def file_identity(path: str) -> tuple[int, int] | None:
-    """Device and inode of the file that a path names; None if there is none."""
+    """Device and inode of the file that a path names; None if there is none. OperationalError if that is unknown."""
     try:
         found = os.stat(path)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise OperationalError(f"cannot look at {path!r}: {error.strerror}") from error
     return found.st_dev, found.st_ino
 
 
@@ -758,296 +798,147 @@ class WriterLock:
     """The advisory lock on DATABASE.lock: one holder among all processes. Not for two threads at once.
 
     The kernel releases the lock of a killed holder. A stopped holder makes acquire() raise
-    OperationalError at its deadline. Where files cannot be locked, or the lock file cannot be made (a
-    read-only directory), SQLite's own locking has to be enough: correct, only slower.
+    OperationalError at its deadline. Where files cannot be locked, SQLite's own locking has to be enough:
+    correct, only slower.
     """
 
     def __init__(self, database: StrPath) -> None:
         self.path = os.fspath(database) + LOCK_SUFFIX
         self._fd: int | None = None
-        self._usable = True
-        self._checked = 0.0  # monotonic time of the last comparison with the path
-        self._turn_ends = 0.0  # monotonic time at which to look whether someone is next, or to let him ...
-        self._seen_next = False  # ... who was there at the last look
-        self._identity: tuple[int, int] | None = None  # of the file, as it was found then
-        self._waiter: _BlockedWaiter | None = None
+        self.usable = fcntl is not None  # files can be locked here
+        self._taken_at = 0.0  # monotonic, as the next two
+        self._away_until = 0.0
+        self._checked_at = 0.0  # the last comparison with the path
 
-    def acquire(
-        self, deadline: float, *, check: bool = False, patient: bool = True, make: bool = True
-    ) -> bool | None:
-        """Take the lock, blocking until the monotonic deadline; then OperationalError. True: it may have taken a while.
+    def acquire(self, deadline: float, *, check: bool = False) -> bool:
+        """Take the lock; OperationalError at the monotonic deadline. Return whether it took a while.
 
         ``check``: compare the file with its path in any case. Allowed while the lock is held.
-        ``patient=False``: None, at once, if another process is seen to have it.
-        ``make=False``: where there is no lock file, none is made, and nothing is locked.
         """
-        if self._fd is not None and self._usable and not check:
-            try:  # the common case, short
-                now = time.monotonic()
-                if now >= self._turn_ends and self._has_to_yield(self._fd, now, patient):
-                    return None
-                _lock(self._fd, block=False)
-                if now - self._checked < LOCK_CHECK_S:
-                    return False
-            except OSError as error:
-                if not patient and isinstance(error, (BlockingIOError, PermissionError)):
-                    return None
-        while self._usable:
-            fd = self._fd if self._fd is not None else self._open(make)
-            if fd is None:
-                return True
-            self._take(fd, deadline)
-            if self._is_current():
-                return True
+        if not self.usable:
+            return False
+        now, waited = time.monotonic(), False
+        if now < self._away_until:
+            time.sleep(self._away_until - now)
+        while True:
+            fd = self._open() if self._fd is None else self._fd
+            if not self._try(fd):
+                if time.monotonic() >= deadline:
+                    raise OperationalError(
+                        f"the database is busy: another process holds {self.path!r} for longer than BROKER_BUSY_TIMEOUT"
+                    )
+                low, high = LOCK_PAUSE_US
+                time.sleep((low + time.monotonic_ns() % (high - low)) / 1e6)  # importing random costs 2 ms
+                waited = True
+                continue
+            self._taken_at = time.monotonic()
+            if not (waited or check or self._taken_at - self._checked_at > LOCK_CHECK_S) or self._is_current(fd):
+                return waited
             self.close()  # someone replaced the file: two holders could each own a lock of that name
-        if self._fd is None:  # no locks here, but a doorbell
-            self._open(make)
-        return True
-
-    @property
-    def excludes(self) -> bool:
-        """Whether acquire() keeps others out: files can be locked here."""
-        return self._fd is not None and self._usable
 
     def release(self) -> None:
         """Let the next writer in."""
-        if self._fd is not None and self._usable:
-            _unlock(self._fd)
+        if self._fd is not None and self.usable:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            now = time.monotonic()
+            if now - self._taken_at > LOCK_LONG_S:
+                self._away_until = now + LOCK_AWAY_S
 
-    def ring(self) -> tuple[int, int] | None:
-        """Wake the watchers of all processes: one byte, after the commit and before release(). Which file rang?
-
-        None if that is impossible: the watchers find the commit by looking, a little later.
-        """
-        if self._fd is None:
-            return None
-        try:
-            _write_byte(self._fd)
-        except OSError:  # a full disk
-            return None
-        return self._identity
+    def notify(self) -> None:
+        """Wake the watchers of all processes: one byte, after the commit and before release()."""
+        if self._fd is not None:
+            try:
+                os.pwrite(self._fd, b"\n", 0)
+            except OSError:  # a full disk: they find the commit by looking, a little later
+                pass
 
     def close(self) -> None:
-        """Close the file, which releases the lock if it was held."""
+        """Close the file, which releases the lock if it was held. (In a forked child the parent still has it.)"""
         fd, self._fd = self._fd, None
-        waiter, self._waiter = self._waiter, None
         if fd is not None:
             os.close(fd)
-        if waiter is not None:
-            waiter.close()
 
     def delete(self) -> None:
         """Remove the file, while holding it. Who waits for it notices, and takes the lock on a new one."""
         remove_file(self.path)
         self.close()
 
-    def forget_parent(self) -> None:
-        """In a forked child: close the copy of the descriptor, which would keep the parent's lock alive."""
-        if self._fd is not None:
-            os.close(self._fd)
-        if self._waiter is not None:
-            os.close(self._waiter.fd)
-        self._fd = self._waiter = None
+    def _try(self, fd: int) -> bool:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # ENOSYS, ENOLCK, EOPNOTSUPP: no locks on this file system
+            self.usable = False
+        return True
 
-    def _open(self, make: bool) -> int | None:
-        flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | (os.O_CREAT if make else 0)
+    def _open(self) -> int:
         directory = os.path.dirname(self.path)
         try:
-            if make and not os.path.isdir(directory):  # of a compound name such as .queue/broker.db
+            if not os.path.isdir(directory):  # of a compound name such as .queue/broker.db
                 os.makedirs(directory, 0o700, exist_ok=True)
-            self._fd = os.open(self.path, flags, 0o600)
-            if os.name == "posix" and os.fstat(self._fd).st_mode & 0o700 != 0o600:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            if os.fstat(self._fd).st_mode & 0o700 != 0o600:
                 os.fchmod(self._fd, 0o600)  # the umask took bits away from the owner
         except OSError as error:
             if os.path.islink(self.path):
                 raise OperationalError(f"the lock file {self.path!r} is a symbolic link: remove it") from error
-            if make and not os.path.isdir(directory):
+            if not os.path.isdir(directory):
                 raise OperationalError(f"the directory {directory!r} cannot be made: {error.strerror}") from error
+            raise OperationalError(
+                f"cannot open the lock file {self.path!r}: {error.strerror}; make the directory writable"
+            ) from error
         return self._fd
 
-    def _take(self, fd: int, deadline: float) -> None:
-        try:
-            _lock(fd, block=False)
-        except (BlockingIOError, PermissionError):
-            if not self._wait(fd, deadline):
-                raise OperationalError(
-                    f"the database is busy: another process holds {self.path!r} for longer than BROKER_BUSY_TIMEOUT"
-                ) from None
-            self._seen_next, self._turn_ends = False, 0.0  # a new turn: look at its first write
-        except (OSError, NotImplementedError):  # ENOSYS, ENOLCK, EOPNOTSUPP: no locks on this file system
-            self._usable = False
-
-    def _has_to_yield(self, fd: int, now: float, patient: bool) -> bool:
-        """Look whether someone is next; if our turn is over, stay away for a moment, or, not patient, return True."""
-        if not _someone_is_next(fd):
-            self._seen_next, self._turn_ends = False, now + LOCK_PAUSE_S
-        elif not self._seen_next:
-            self._seen_next, self._turn_ends = True, now + LOCK_TURN_S
-        elif not patient:
-            return True
-        else:
-            self._seen_next, self._turn_ends = False, now + LOCK_TRUST_S
-            time.sleep(LOCK_YIELD_S)
-        return False
-
-    def _wait(self, fd: int, deadline: float) -> bool:
-        """Look again after a moment; then queue up, and still look: the next in the queue may be stopped."""
-        while time.monotonic() < deadline:
-            if self._waiter is None:
-                time.sleep(LOCK_PAUSE_S)
-            elif self._waiter.wait(min(deadline, time.monotonic() + LOCK_CHECK_S)):
-                self._fd, self._waiter.fd = self._waiter.fd, fd  # the lock belongs to the descriptor
-                return True
-            try:
-                _lock(fd, block=False)
-                return True
-            except OSError:
-                pass
-            if self._waiter is None and fcntl is not None:
-                try:
-                    self._waiter = _BlockedWaiter(os.open(self.path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)))
-                except OSError:  # it was deleted, or there is no descriptor left: go on looking
-                    pass
-        return False
-
-    def _is_current(self) -> bool:
-        self._checked = time.monotonic()
-        if self._fd is not None:
-            mine = os.fstat(self._fd)
-            self._identity = mine.st_dev, mine.st_ino
-        return self._identity == file_identity(self.path)
-
-
-class _BlockedWaiter:
-    """A thread that blocks in flock() for its owner, who can then wait with a deadline.
-
-    The kernel serves blocked waiters in turn; polling processes starve each other (measured with 16
-    writers: worst wait 0.1 s blocking, 0.3 to 0.9 s polling). flock() itself knows no timeout.
-
-    Handing over after each commit costs as much as the commit: another process wakes, and reads anew what
-    it had cached. So, on Linux, the waiters queue for a second lock, a range of the same file. Who has it is
-    the next: it looks LOCK_LOOKS times whether the writer lock is free, which leaves a busy holder a turn
-    of some milliseconds, and only then blocks in flock(). That ends the turn at the next commit, unless it
-    takes longer to wake up on another processor than the holder is away between two writes (20 us; waits of
-    50 to 160 ms with 2 writers, measured). So the holder also looks whether someone is next, and lets go.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd  # of its own: the owner uses his meanwhile
-        self._guard = threading.Lock()  # guards the flags; held only to read or change them
-        self._wanted = self._closed = False  # the owner waits; the owner has gone
-        self._idle = True  # the thread is not in flock()
-        self._asked, self._granted = threading.Lock(), threading.Lock()  # binary semaphores, locked: not yet
-        self._asked.acquire()
-        self._granted.acquire()
-        threading.Thread(target=self._serve, name=LOCK_THREAD_NAME, daemon=True).start()
-
-    def wait(self, deadline: float) -> bool:
-        """Wait for the lock until the deadline. After that the thread keeps its place for the next wait."""
-        with self._guard:
-            self._wanted = True
-            if self._idle:
-                self._idle = False
-                self._asked.release()
-        if self._granted.acquire(timeout=max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))):
-            return True
-        with self._guard:
-            self._wanted = False
-            return self._granted.acquire(blocking=False)
-
-    def close(self) -> None:
-        """End the thread, now or when it comes out of flock(), and close the descriptor."""
-        with self._guard:
-            self._closed = True
-            if self._idle:
-                self._asked.release()
-
-    def _serve(self) -> None:
-        while True:
-            self._asked.acquire()
-            if not self._closed:
-                self._take_turn(self.fd)
-            with self._guard:
-                if self._closed:
-                    _unlock(self.fd)  # a forked child may have a copy of the descriptor
-                    os.close(self.fd)
-                    return
-                self._idle = True
-                if self._wanted:
-                    self._granted.release()
-                else:
-                    _unlock(self.fd)
-
-    def _take_turn(self, fd: int) -> None:
-        if sys.platform != "linux" or not _lock_turn(fd):  # elsewhere the two kinds of locks are one
-            _lock(fd, block=True)
-            return
-        try:
-            for _ in range(LOCK_LOOKS):
-                try:
-                    _lock(fd, block=False)
-                    return
-                except BlockingIOError:
-                    time.sleep(LOCK_PAUSE_S)
-            _lock(fd, block=True)
-        finally:
-            _unlock_turn(fd)
+    def _is_current(self, fd: int) -> bool:
+        self._checked_at = time.monotonic()
+        mine = os.fstat(fd)
+        return (mine.st_dev, mine.st_ino) == file_identity(self.path)
 
 
 # ---------------------------------------------------------------------------------------------------
-# Waiting: one background thread per database and process wakes those who wait and renews their leases.
-# It sleeps on the doorbell (inotify, kqueue), and looks by itself every max_interval_s, for commits that do
-# not ring; ten times as rarely while inotify would report that somebody writes to the log or makes the file.
+# Notifier: one background thread per database and process, while somebody waits. It sleeps in inotify on the lock
+# file, which every commit of ours writes to, and wakes the waiters. Every half second it also compares PRAGMA
+# data_version, to find commits of programs that do not. Where there is no inotify it does only that, more often.
 # ---------------------------------------------------------------------------------------------------
 
-ATTENDANT_NAME = "simplebroker-wait"  # of its thread
-YIELD_S = 0.0002  # after waking others, so that they and not we have the interpreter and the connection first
-SIGNAL_CHECK_S = 0.05  # the kernel may give a signal to any thread, but its handler waits for the main thread to move
-ALONE_SIGNAL_CHECK_S = 1.0  # ... except on Linux, which wakes the main thread if no other is faster
-FIRST_POLL_S = 0.001  # without a doorbell: the first look after a change, doubling up to max_interval_s
-QUIET = 10  # times max_interval_s between looks, while a write to the log would be reported ...
-MISSES = 3  # ... unless so many were not
+NOTIFIER_NAME = "simplebroker-notifier"  # of its thread
+NOTIFIED_LOOK_S = 0.5  # how often it looks by itself where inotify works
+MAX_SLEEP_S = 1.0  # of a waiter: the clock may step past the time at which a message becomes due
+MIN_SLEEP_S = 0.001
+SLICE_S = 0.1  # that the notifier sleeps at once
+YIELD_S = 0.0005  # after waking others, so that they and not it have the interpreter and the connection first
 
 
-def signal_check_s() -> float:
-    """How long the main thread may sleep until it looks for signals.
+class Waiter:
+    """What one consumer sleeps on. ``with broker.waiter() as waiter:`` look and wait() in turn."""
 
-    On Linux a thread that unblocks signals just then, as one that starts a process does, may get one before the
-    main thread, which then sleeps on. Those that are named here do not.
-    """
-    harmless = ("MainThread", ATTENDANT_NAME, LOCK_THREAD_NAME)
-    alone = sys.platform == "linux" and all(thread.name in harmless for thread in threading.enumerate())
-    return ALONE_SIGNAL_CHECK_S if alone else SIGNAL_CHECK_S
+    next_at = float("inf")  # it wants nothing done
 
-
-class Alarm:
-    """What one waiter sleeps on. ``with broker.alarm() as alarm:`` has it served by the attendant."""
-
-    def __init__(self, attendant: Attendant) -> None:
-        self._attendant = attendant
+    def __init__(self, notifier: Notifier) -> None:
+        self._notifier = notifier
         # A lock used as a binary semaphore: unlocked means "woken". Anyone may unlock it, a signal handler
         # too (events and conditions are not safe there); only the waiter locks it.
         self._lock = threading.Lock()
         self._lock.acquire()
 
-    def __enter__(self) -> Alarm:
-        self._attendant.add(self)
+    def __enter__(self) -> Waiter:
+        self._notifier.add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._attendant.remove(self)
+        self._notifier.remove(self)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Sleep until woken, at once if that happened since the last wait; False after timeout seconds."""
-        deadline = float("inf") if timeout is None else time.monotonic() + timeout
-        main = threading.current_thread() is threading.main_thread()
-        longest = signal_check_s() if main else threading.TIMEOUT_MAX
-        while True:
-            left = max(0.0, deadline - time.monotonic())
-            if self._lock.acquire(timeout=min(left, longest)):
-                return True
-            if left <= longest:
-                return False
+        """Sleep until there may be something new, a second at most; at once if that was so since the last wait.
+
+        False after timeout seconds; else True: look again.
+        """
+        longest = MAX_SLEEP_S if self._notifier.is_running() else self._notifier.interval_s
+        if timeout is None or timeout > longest:
+            self._lock.acquire(timeout=longest)
+            return True
+        return self._lock.acquire(timeout=max(0.0, timeout))
 
     def wake(self) -> None:
         """Wake the waiter, now or when it next waits. Safe in signal handlers."""
@@ -1057,371 +948,202 @@ class Alarm:
             pass
 
 
-class Chore:
-    """Something that the attendant does for its owner from time to time."""
-
-    period_s: float
-    next_at: float  # monotonic; when it failed, this is soon
-    warn_at: float = 0.0  # monotonic; it has failed for a whole period then
-
-    def run(self) -> None:
-        """Do it once, in the attendant's thread."""
-        raise NotImplementedError
-
-
 class _Inotify:
-    """Linux: a descriptor that becomes readable when the followed file is written, or a directory gets a new one."""
+    """Linux: sleeps until the file of a path is written. OSError or AttributeError where that is impossible."""
 
-    def __init__(self) -> None:
+    EVENTS = 0x2 | 0x4 | 0x400 | 0x800  # IN_MODIFY, IN_ATTRIB (also: it was unlinked), IN_DELETE_SELF, IN_MOVE_SELF
+
+    def __init__(self, path: str) -> None:
         import ctypes
-
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self.fd = self._libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._watch, self._directory, self._armed = -1, False, -1
-        if self.fd < 0:
-            raise OSError(ctypes.get_errno(), "inotify_init1 failed")
-
-    def follow(self, path: str) -> None:
-        if self._watch >= 0:
-            self._libc.inotify_rm_watch(self.fd, self._watch)
-        self._directory = os.path.isdir(path)
-        events = 0x180 if self._directory else 2  # IN_CREATE | IN_MOVED_TO; IN_MODIFY
-        self._watch = self._libc.inotify_add_watch(self.fd, os.fsencode(path), events)
-        if self._watch < 0:
-            raise OSError("inotify_add_watch failed")
-
-    def arm(self, path: str) -> bool:
-        """Report the next change of another file, once. False if there is none."""
-        events = 0x80000C06  # IN_ONESHOT | IN_MOVE_SELF | IN_DELETE_SELF | IN_ATTRIB (which is unlinking) | IN_MODIFY
-        self._armed = self._libc.inotify_add_watch(self.fd, os.fsencode(path), events)
-        return bool(self._armed >= 0)
-
-    def drain(self) -> tuple[bool, bool, bool]:
-        """Forget the events. Was the followed file written? Is it there? Did its directory or the armed file change?"""
-        import struct
-
-        events, at, written, there, changed = os.read(self.fd, 65536), 0, False, True, False
-        while at < len(events):
-            watch, mask, _, name_bytes = struct.unpack_from("iIII", events, at)
-            current = watch == self._watch  # else of the file that it followed before
-            there = there and not (current and mask & 0x8000)  # IN_IGNORED
-            if watch == self._armed >= 0 or (current and self._directory):  # -1: events were dropped
-                changed = True
-            else:
-                written = True
-            at += 16 + name_bytes
-        return written, there, changed
-
-    def close(self) -> None:
-        os.close(self.fd)
-
-
-class _Kqueue:
-    """macOS and BSD: the same."""
-
-    def __init__(self) -> None:
         import select
 
-        self._select: Any = select
-        self._queue = self._select.kqueue()
-        self.fd, self._file = self._queue.fileno(), -1
-
-    def follow(self, path: str) -> None:
-        s, old = self._select, self._file
-        self._file = os.open(path, os.O_RDONLY)  # flock is per open file: closing this one drops no lock
-        changes, flags = s.KQ_NOTE_WRITE | s.KQ_NOTE_EXTEND, s.KQ_EV_ADD | s.KQ_EV_CLEAR
-        self._queue.control([s.kevent(self._file, s.KQ_FILTER_VNODE, flags, changes)], 0, 0)
-        if old >= 0:
-            os.close(old)
-
-    def arm(self, path: str) -> bool:
-        return False
-
-    def drain(self) -> tuple[bool, bool, bool]:
-        self._queue.control(None, 16, 0)
-        return True, True, False
-
-    def close(self) -> None:
-        self._queue.close()
-        if self._file >= 0:
-            os.close(self._file)
-
-
-class _Doorbell:
-    """How the attendant sleeps: on a notification of the lock file, or, where there is none, by the clock."""
-
-    def __init__(self, database: str | None) -> None:
-        self._database, self._path = str(database), f"{database}{LOCK_SUFFIX}"
-        self.identity: tuple[int, int] | None = None  # of the file that it follows: wait() returns at every ring
-        self._awaits = False  # it follows the directory in which that will be made
-        self.armed = False  # wait() ends, with False, when the log changes, or the database is made
-        self.missed = 0  # of these, since one was reported
-        self._source: Any = None
-        self._pipe: tuple[int, int]
-        self._interrupted = threading.Semaphore(0)
-        try:
-            import select
-
-            self._source = None if database is None else _Inotify() if sys.platform == "linux" else _Kqueue()
-            if self._source is not None:
-                self._poll = select.poll()
-                self._pipe = os.pipe()  # interrupt() writes here
-        except (ImportError, AttributeError, OSError):  # no such call here, or no descriptors are left
-            if self._source is not None:
-                self._source.close()
-                self._source = None
-        if self._source is not None:
-            for fd in self._pipe:
-                os.set_blocking(fd, False)
-            self._poll.register(self._source.fd, select.POLLIN)
-            self._poll.register(self._pipe[0], select.POLLIN)
+        self._path, self._watch = path, -1
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self.fd = self._libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        if self.fd < 0:
+            raise OSError(ctypes.get_errno(), "inotify_init1 failed")
+        self._poll = select.poll()
+        self._poll.register(self.fd, select.POLLIN)
 
     def attach(self) -> bool:
-        """Follow the path to the file that it names now. True if it is another one: rings may have been missed."""
-        if self._source is None:
-            return False
-        before, found = self.identity, file_identity(self._path)
-        if found == before and (found is not None or self._awaits):
-            return False
-        self.identity = None
-        try:
-            if found is None:
-                self._awaits = False
-                self._source.follow(os.path.dirname(self._path))
-                self._awaits = True
-                found = file_identity(self._path)  # made meanwhile?
-            if found is not None:
-                self._source.follow(self._path)
-                self.identity, self._awaits = found, False
-        except OSError:  # gone again, no such directory, or out of watches
-            pass
-        return (before, self.identity) != (None, None)
+        """Watch the file that the path names now, which may be another one. Is there one that can be watched?"""
+        before, self._watch = self._watch, self._libc.inotify_add_watch(self.fd, os.fsencode(self._path), self.EVENTS)
+        if before not in (-1, self._watch):
+            self._libc.inotify_rm_watch(self.fd, before)
+        return bool(self._watch >= 0)
 
-    def arm(self) -> None:
-        """Let wait() end also when the log changes, or the database is made, if that can be reported."""
-        if self._source is not None:
-            log = self._source.arm(f"{self._database}-wal")
-            self.armed = log or (self._awaits and file_identity(self._database) is None)
-
-    def wait(self, timeout: float) -> bool:
-        """Sleep until someone rings (True), until interrupt(), or for timeout seconds."""
-        if self._source is None:
-            self._interrupted.acquire(timeout=timeout)
-            return False
-        ready = [fd for fd, _ in self._poll.poll(timeout * 1000)]
-        if self._pipe[0] in ready:
-            os.read(self._pipe[0], 4096)
-        if self._source.fd not in ready:
-            return False
-        written, there, changed = self._source.drain()
-        if changed:
-            self.armed, self.missed = False, 0
-        if not there:
-            self.identity, self._awaits = None, False
-        return written or not there or (self._awaits and file_identity(self._path) is not None)
-
-    def doubt(self) -> None:
-        """Something has changed, though wait() did not say so: was it not reported, or just now?"""
-        if not self.wait(0) and self.armed:
-            self.missed += 1
-
-    def interrupt(self) -> None:
-        """End the current or the next wait()."""
-        if self._source is None:
-            self._interrupted.release()
-            return
-        try:
-            os.write(self._pipe[1], b"\n")
-        except BlockingIOError:  # full: it is interrupted already
-            pass
-
-    def close(self) -> None:
-        """Close the descriptors."""
-        if self._source is not None:
-            self._source.close()
-            for fd in self._pipe:
-                os.close(fd)
+    def sleep(self, seconds: float) -> bool:
+        """Sleep until the file is written (True), or for so long."""
+        return bool(self._poll.poll(seconds * 1000) and os.read(self.fd, 65536))
 
 
-class Attendant:
-    """The one thread that waits for a whole process. It runs while it has alarms or chores; its doorbell
-    stays until close(), because the kernel takes 10 ms to close an inotify instance.
+class Notifier:
+    """Wakes the waiters of one database, and does what its clients want done from time to time.
 
-    ``look()`` returns a value that changes with commits of others. ``next_due(now_ns)`` returns when the first
-    message held after now becomes due, or None. Without them it wakes everyone from time to time.
+    A client is a Waiter, or has ``next_at``, the monotonic time at which it wants its ``run()`` called.
+    ``data_version()`` returns a value that changes with commits of others, None if it cannot be asked
+    now. Without it, all waiters look at every interval. Nobody joins the thread: it ends by itself, soon
+    after the last client has gone.
     """
 
     def __init__(
-        self, interval_s: float, database: str | None = None, look: Callable[[], object] | None = None,
-        next_due: Callable[[int], int | None] | None = None, clock: Callable[[], int] = time.time_ns,
-    ) -> None:  # fmt: skip
-        self._interval_s, self._database, self._clock = interval_s, database, clock
-        self._ask_look, self._ask_due = look, next_due
-        self._bell: _Doorbell | None = None
-        self._start()
+        self, interval_s: float = 0.1, database: str = "", data_version: Callable[[], object] = object
+    ) -> None:
+        self.interval_s, self._database, self._data_version = interval_s, database, data_version
+        self._inotify: _Inotify | None = None
+        self._begin()
 
-    def _start(self) -> None:
-        self._guard = threading.Lock()  # guards the clients, the bell and the thread; held only to change them
-        self._joining = threading.Lock()  # for Thread.join(), which Python 3.9 does badly in two threads at once
-        self._clients: set[Alarm | Chore] = set()
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        # Guards the clients, the thread and its inotify; held only to change them, by anyone.
+        self._guard = threading.Lock()
+        self._clients: set[Any] = set()
         self._thread: threading.Thread | None = None
-        self._rung = False  # a commit of this process that no doorbell reported
-        self.stale = False  # this process committed something: when the next message is due may have changed
 
-    def forget_parent(self) -> None:
-        """In a forked child: the thread and the waiters are the parent's."""
-        self._start()
-        self.close()
+    def add(self, client: Any) -> None:
+        """Serve a client until remove(). What is committed from now on wakes it.
 
-    def close(self) -> None:
-        """Close the doorbell, unless there are clients."""
-        with self._guard:
-            if self._thread is None and self._bell is not None:
-                self._bell.close()
-                self._bell = None
-
-    def add(self, client: Alarm | Chore) -> None:
-        """Serve an alarm or a chore until remove()."""
+        Where no thread can be started, a Waiter looks by itself at every interval; the next client tries again.
+        """
+        if self._pid != os.getpid():  # a forked child: thread and clients are the parent's
+            self._close_inotify()
+            self._begin()
         with self._guard:
             self._clients.add(client)
-            if self._bell is None:
-                self._bell = _Doorbell(self._database)
             if self._thread is None:
-                self._bell.attach()
-                # What is true now is taken before the client looks, so that it misses no change.
-                args = (self._bell, self._look(), self._next_due(self._clock()))
-                self._thread = threading.Thread(target=self._serve, args=args, name=ATTENDANT_NAME, daemon=True)
-                self._thread.start()
-            elif isinstance(client, Chore):
-                self._bell.interrupt()
-
-    def remove(self, client: Alarm | Chore) -> None:
-        """Serve it no longer. With the last client the thread ends, before this returns."""
-        with self._guard:
-            self._clients.discard(client)
-            thread = self._thread
-            if self._clients or self._bell is None or thread is None:
-                return
-            self._bell.interrupt()
-        ended = thread is threading.current_thread()
-        while not ended and not self._clients:  # it ends, or a new client keeps it
-            with self._joining:
-                thread.join(FIRST_POLL_S)
-                ended = not thread.is_alive()
-
-    def is_current_thread(self) -> bool:
-        """Is this an attendant's own thread?"""
-        return threading.current_thread().name == ATTENDANT_NAME
-
-    def ring(self, rang: tuple[int, int] | None) -> None:
-        """A commit of this process may have made a message deliverable; this file rang for it, or none. It may be
-        one that was deleted, and which nobody follows."""
-        bell = self._bell
-        if self._thread is not None and bell is not None and (rang is None or rang != bell.identity):
-            self._rung = True
-            bell.interrupt()
-
-    def _serve(self, bell: _Doorbell, seen: object, due: int | None) -> None:
-        try:
-            self._attend(bell, seen, due)
-        except BaseException:  # from a runner: the next client starts another thread
-            with self._guard:
-                self._thread = None
-            raise
-
-    def _attend(self, bell: _Doorbell, seen: object, due: int | None) -> None:
-        pause, news = self._interval_s if bell.identity else FIRST_POLL_S, False
-        while self._has_clients():
-            now = self._clock()
-            news = news or (due is not None and now >= due)
-            if news or bell.identity is None:  # without news nobody has rung another file either
-                news = bell.attach() or news
-            if news or self._ask_look is None:
-                seen = self._look()  # before waking: what is committed after it is news again
-                self._wake_all()
-                time.sleep(YIELD_S)
-            if news or self.stale:
-                self.stale = False
-                due = self._next_due(now)
-            timeout = min(pause, max(0.0, self._run_chores() - time.monotonic()))
-            if due is not None:
-                timeout = min(timeout, max(0, due - self._clock()) / NS)
-            news, pause = self._listen(bell, timeout, pause, seen)
-
-    def _listen(self, bell: _Doorbell, timeout: float, pause: float, seen: object) -> tuple[bool, float]:
-        """Sleep. Return whether there is news then, and how long to sleep next."""
-        armed, rung = bell.armed, bell.wait(timeout)
-        if self._rung:
-            self._rung, rung = False, True
-        changed = armed and not bell.armed
-        if pause == self._interval_s and not (rung or changed):
-            bell.arm()  # before looking: what is written after it is reported
-        news = rung or self._look() != seen
-        if news and armed and not rung:
-            bell.doubt()
-        if armed and bell.armed and bell.missed < MISSES:  # for a whole pause, and a commit does not take so long
-            return news, QUIET * self._interval_s
-        if (changed and not rung) or (news and bell.identity is None):  # the log is written before the commit
-            return news, FIRST_POLL_S
-        return news, self._interval_s if news else min(2 * pause, self._interval_s)
-
-    def _has_clients(self) -> bool:
-        """Whether to go on. The decision to end is final: the next client starts another thread."""
-        with self._guard:
-            if not self._clients:
-                self._thread = None
-            return bool(self._clients)
-
-    def _wake_all(self) -> None:
-        with self._guard:
-            alarms = [client for client in self._clients if isinstance(client, Alarm)]
-        for alarm in alarms:
-            alarm.wake()
-
-    def _run_chores(self) -> float:
-        """Do the chores that are due; return the monotonic time of the next."""
-        with self._guard:
-            chores = [client for client in self._clients if isinstance(client, Chore)]
-        for chore in chores:
-            if chore.next_at <= time.monotonic():
-                chore.warn_at = chore.warn_at or time.monotonic() + chore.period_s
                 try:
-                    chore.run()
-                    chore.next_at, chore.warn_at = time.monotonic() + chore.period_s, 0.0
-                except (BrokerError, sqlite3.Error) as error:  # its owner meets the same error itself
-                    chore.next_at = time.monotonic() + min(chore.period_s, self._interval_s)
-                    if time.monotonic() >= chore.warn_at:
-                        chore.warn_at = 0.0
-                        log_warning("renewing leases fails, trying again: %s", error)
-        return min([chore.next_at for chore in chores], default=float("inf"))
+                    if self._inotify is None and self._database:
+                        self._inotify = _Inotify(self._database + LOCK_SUFFIX)
+                        self._inotify.attach()
+                except (ImportError, AttributeError, OSError, OperationalError):  # no such call, no descriptors
+                    pass
+                self._thread = threading.Thread(target=self._serve, name=NOTIFIER_NAME, daemon=True)
+                try:
+                    self._thread.start()
+                except BaseException as error:  # an interrupt, a limit of processes, an interpreter that ends
+                    self._thread = None
+                    if not isinstance(error, RuntimeError):
+                        raise
+                    log_warning("waiting without a notifier: %s", error)
 
-    def _look(self) -> object:
-        try:
-            return self._ask_look and self._ask_look()
-        except BrokerError as error:  # the waiters meet the same error when they look themselves
-            return str(error)
+    def remove(self, client: Any) -> None:
+        """Serve it no longer."""
+        if self._pid == os.getpid():
+            with self._guard:
+                self._clients.discard(client)
 
-    def _next_due(self, now_ns: int) -> int | None:
-        try:
-            return self._ask_due(now_ns) if self._ask_due is not None else None
-        except BrokerError:
-            self.stale = True  # ask again at the next look
-            return None
+    def is_running(self) -> bool:
+        """Does the thread run? Else waiters have to look by themselves."""
+        return self._thread is not None and self._pid == os.getpid()
+
+    def notify(self) -> None:
+        """This process has committed something that may be deliverable: for where inotify does not tell."""
+        if self._inotify is None and self._clients:
+            self._wake_waiters()
+
+    def _close_inotify(self) -> None:
+        inotify, self._inotify = self._inotify, None
+        if inotify is not None:
+            os.close(inotify.fd)
+
+    def _serve(self) -> None:
+        seen: object = None
+        look_at, failed = 0.0, False
+        while True:
+            try:
+                notified, pause = self._sleep()
+                if notified or time.monotonic() >= look_at:
+                    look_at = time.monotonic() + pause
+                    version = self._data_version()  # before waking: what is committed after it is new again
+                    if notified or version not in (None, seen):
+                        seen = version or seen
+                        self._wake_waiters()
+                        time.sleep(YIELD_S)
+                self._run_tasks()
+                failed = False
+            except Exception as error:  # noqa: BLE001 - whatever it is, the waiters look, and it is tried again
+                if not failed:
+                    log_warning("the notifier failed, trying again: %s", error)
+                failed = True
+                self._wake_waiters()
+                time.sleep(SLICE_S)
+            with self._guard:
+                if self._thread is not threading.current_thread():  # add() was interrupted when this had started
+                    return
+                if not self._clients or _ending:
+                    self._close_inotify()
+                    self._thread = None
+                    return
+
+    def _sleep(self) -> tuple[bool, float]:
+        """Sleep until something is written or wants to be done, but not for long: clients come and go.
+
+        Return whether something was written, and how often to look.
+        """
+        inotify = self._inotify
+        next_at = min((client.next_at for client in self._served()), default=0.0)
+        pause = max(0.0, min(SLICE_S, self.interval_s, next_at - time.monotonic()))
+        if inotify is not None and inotify.attach():
+            return inotify.sleep(pause), NOTIFIED_LOOK_S
+        time.sleep(pause)
+        return False, self.interval_s
+
+    def _served(self) -> list[Any]:
+        with self._guard:
+            return list(self._clients)
+
+    def _wake_waiters(self) -> None:
+        for client in self._served():
+            if isinstance(client, Waiter):
+                client.wake()
+
+    def _run_tasks(self) -> None:
+        for client in self._served():
+            if client.next_at <= time.monotonic():
+                client.run()
+
+
+def _end_notifiers() -> None:
+    """Before the interpreter ends: it freezes daemon threads wherever they are, also with a lock held."""
+    global _ending
+    _ending = True
+    for thread in threading.enumerate():
+        if thread.name == NOTIFIER_NAME:
+            thread.join(1.0)
+
+
+_ending = False
+atexit.register(_end_notifiers)
 
 
 # ---------------------------------------------------------------------------------------------------
-# Runners: the only code that talks to a database. Five methods; everything above goes through them.
+# Runners: the only code that talks to a database. The way of one message:
+#
+#   Queue.write -> Broker.transact -> SQLiteRunner.transact(function)
+#       the mutex (threads of this process), or a place in the commit queue behind who has it
+#       the lock file (processes)
+#       BEGIN IMMEDIATE, function(run), COMMIT with synchronous=NORMAL
+#       one byte into the lock file: the notifiers of all processes wake their waiters
+#       the lock file is unlocked, the mutex released: the next writer is let in
+#       fdatasync of the -wal file: what was committed before it, by anyone, survives a crash of the machine
+#
+# The log is one sequence, so a sync that starts after a commit covers all that was committed before, and the kernel
+# merges the syncs of those who wait at the same time. Whoever returns has synced after its own commit.
 # ---------------------------------------------------------------------------------------------------
 
 
 class SQLRunner:
     """What the broker needs of a database: subclass it to log, to inject faults, to share a connection.
 
-    Raise OperationalError for what may work later (busy, full), IntegrityError for violated constraints.
-    Be safe for threads if you are used from several, and for fork if you fork.
+    A subclass must give the five methods; the others have defaults on top of them. Raise OperationalError
+    for what may work later (busy, full), IntegrityError for violated constraints. Be safe for threads if you
+    are used from several, and for fork if you fork.
     """
 
-    def run(self, sql: str, params: Sequence[Any] = (), *, fetch: bool = False) -> Any:
+    path = ""  # of the database file, or its URL; "": unknown
+    clock: Callable[[], int] = staticmethod(time.time_ns)  # nanoseconds since 1970; a server gives its own
+
+    def run(self, sql: str, params: Any = (), *, fetch: bool = False) -> Any:
         """Execute one statement; return its rows (a list of sequences) if fetch.
 
         Outside begin_immediate() the statement commits by itself.
@@ -1444,6 +1166,94 @@ class SQLRunner:
         """Free what the runner holds. It is not used afterwards."""
         raise NotImplementedError
 
+    # -- defaults
+
+    def transact(self, function: Callable[[Run], T], durable: bool = True) -> T:
+        """Call ``function(run)`` in a transaction, commit, and return its result. An error undoes what it did.
+
+        ``durable=False``: a crash of the machine may undo it.
+        """
+        with Transaction(self) as run:
+            return function(run)
+
+    def prepare(self) -> None:
+        """Before the first use: make the schema if it is not there; DatabaseError if it is of another version."""
+        try:
+            version = self.run(SELECT_VERSION, fetch=True)
+        except sqlite3.OperationalError:  # no such table
+            version = []
+        if version is None:
+            raise UsageError(f"{type(self).__name__}.run() returned None for fetch=True: it must return the rows")
+        if version and version[0][0] != SCHEMA_VERSION:
+            raise DatabaseError(f"schema version {version[0][0]} is not {SCHEMA_VERSION}, which this program knows")
+        if not version:
+            self.transact(lambda run: [run(statement) for statement in SCHEMA])
+
+    def insert(self, queue: str, bodies: Sequence[str], held_until: int | None, now: int) -> list[int]:
+        """Write checked bodies to a queue, inside a transaction; return their ids, which follow each other."""
+        first = next_id(now, self.run(SELECT_LAST_ID, fetch=True)[0][0], len(bodies))
+        for id, body in enumerate(bodies, first):
+            self.run(INSERT_MESSAGE, (id, queue, body, held_until))
+        return list(range(first, first + len(bodies)))
+
+    def snapshot(self) -> Any:
+        """``with runner.snapshot() as run:`` reads one state of the database. By default a transaction."""
+        return Transaction(self)
+
+    def depth(self) -> int:
+        """In how many nested transactions this thread is; -1: unknown."""
+        return -1
+
+    @property
+    def notifier(self) -> Notifier:
+        """What wakes the waiters of this process. By default they look by themselves, ten times a second."""
+        notifier: Notifier = self.__dict__.setdefault("_notifier", self.__dict__.get("_notifier") or Notifier())
+        return notifier
+
+    def vacuum(self) -> None:
+        """Give unused space back."""
+        self.run(VACUUM)
+
+    def delete(self) -> bool:
+        """Delete the database; False if there is none."""
+        raise UsageError("the database of a custom runner is not ours to delete")
+
+
+class Transaction:
+    """``with Transaction(runner) as run:`` commits at the end; rolls back and re-raises on an error."""
+
+    def __init__(self, runner: SQLRunner) -> None:
+        self._runner, self._depth = runner, 0
+
+    def __enter__(self) -> Run:
+        self._depth = self._runner.depth()
+        try:
+            self._runner.begin_immediate()
+            return self._runner.run
+        except BaseException as error:
+            if not isinstance(error, Exception):  # an interrupt, perhaps when it had begun
+                self._undo()
+            raise
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            if error is None:
+                self._runner.commit()
+            else:
+                self._undo()
+        except BaseException:
+            self._undo()
+            raise
+
+    def _undo(self) -> None:
+        """Roll back after an error, which is the one to report, unless that is done."""
+        if self._runner.depth() == self._depth >= 0:
+            return
+        try:
+            self._runner.rollback()
+        except Exception as error:  # noqa: BLE001 - whatever a runner raises
+            log_warning("rollback failed too: %s", error)
+
 
 # What SQLite's messages mean here; the first that matches.
 _MEANINGS = (
@@ -1451,131 +1261,44 @@ _MEANINGS = (
     ("is full", "the disk is full: nothing was changed; free some space and try again"),
     ("readonly", "the database cannot be written: make the file and its directory writable"),
     ("disk I/O", "the file cannot be read or written, perhaps at a limit of its size: nothing was changed"),
-    ("open database", "the database cannot be opened: check that the directory exists and is accessible"),
+    ("open database", "the database cannot be opened: check that the directory exists and is writable"),
 )
-_OTHERS_WRITE = "others write at this moment: INSERT_MESSAGE is for when they do not"
-# Connections that must never be closed, not even when the interpreter ends.
-_abandoned: list[sqlite3.Connection] = []
-_unusable: set[str] = set()  # databases that this process cannot open: it was forked during a transaction on them
+_ROLLED_BACK = "the transaction is gone: SQLite rolled it back after an error, such as a full disk; nothing was changed"
+_as_text = partial(str, encoding="utf-8", errors="replace")  # rows of other programs need not be UTF-8
 
 
-def _abandon(connection: sqlite3.Connection) -> None:
-    _abandoned.append(connection)
-    try:
-        import ctypes  # no delay: before_fork() imported it
+class _Log:
+    """A descriptor of the -wal file. Who syncs keeps a reference, so that it stays open while the runner closes.
 
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))  # a reference that nobody gives back
-    except (ImportError, AttributeError):  # PyPy closes nothing when it ends
-        pass
+    (Closing it drops none of SQLite's locks: those are on the database and the -shm file.)
+    """
 
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, os.O_RDONLY)
 
-def _roll_back(runner: SQLRunner) -> None:
-    """After an error, which is the one to report."""
-    if isinstance(runner, SQLiteRunner) and not runner.depth():
-        return  # commit() was interrupted when it was done
-    try:
-        runner.rollback()
-    except Exception as error:  # noqa: BLE001 - whatever a runner raises
-        log_warning("rollback failed too: %s", error)
+    def __del__(self) -> None:
+        os.close(self.fd)
 
 
-class _Transaction:
-    """``with broker.transaction() as run:`` commits at the end; rolls back and re-raises on an error."""
+class _Request:
+    """What one thread wants done in a transaction, and what came of it."""
 
-    __slots__ = ("_durable", "_runner")
+    __slots__ = ("done", "durable", "error", "function", "result", "wake")
 
-    def __init__(self, runner: SQLRunner, *, durable: bool = True) -> None:
-        self._runner, self._durable = runner, durable
-
-    def __enter__(self) -> Run:
-        runner = self._runner
-        if not isinstance(runner, SQLiteRunner):
-            runner.begin_immediate()
-            return runner.run
-        depth = runner.depth()
-        try:
-            if self._durable:
-                runner.begin_immediate()
-            else:
-                runner.begin_immediate(durable=False)
-            return runner.run
-        except BaseException as error:
-            runner.recover(error, depth)
-            raise
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        try:
-            if error is None:
-                self._runner.commit()
-        except BaseException as second:
-            error = second
-            raise
-        finally:
-            if error is not None:
-                _roll_back(self._runner)
-                if isinstance(self._runner, SQLiteRunner):
-                    self._runner.recover(error, self._runner.depth())
-
-
-class _Work:
-    """What a thread wants done in a transaction, and what came of it."""
-
-    __slots__ = ("deadline", "done", "durable", "function", "result", "taken", "wake")
-
-    def __init__(self, function: Callable[[Run], Any], durable: bool, timeout_s: float) -> None:
-        self.function, self.durable, self.deadline = function, durable, time.monotonic() + timeout_s
-        self.taken = self.done = False
+    def __init__(self, function: Callable[[Run], Any], durable: bool) -> None:
+        self.function, self.durable = function, durable
+        self.done = False
         self.result: Any = None
-        self.wake = threading.Lock()  # its thread sleeps on it until the work is done, or first in line
+        self.error: BaseException | None = None
+        self.wake = threading.Lock()  # its thread sleeps on it until it is done, or first in the commit queue
         self.wake.acquire()
 
-
-class _Line:
-    """Threads that want a transaction at the same time. The first in line does the work of all in one transaction,
-    so that they share its sync to the disk (group commit)."""
-
-    def __init__(self) -> None:
-        self._guard = threading.Lock()  # guards the list, and who is taken and done; held only to change them
-        self.works: list[_Work] = []  # may be looked at without the guard
-
-    def join(self, work: _Work) -> bool:
-        """Wait in line. True: it is first now. False: the first has done it. OperationalError at its deadline."""
-        with self._guard:
-            self.works.append(work)
-            if len(self.works) == 1:
-                return True
-        if not work.wake.acquire(timeout=max(0.0, work.deadline - time.monotonic())):
-            if self.leave(work, unless_taken=True):
-                raise OperationalError("the database is busy: other threads write for longer than BROKER_BUSY_TIMEOUT")
-            work.wake.acquire()  # it is being done
-        return not work.done
-
-    def take(self) -> list[_Work]:
-        """The first takes on the work of all who are there."""
-        with self._guard:
-            for work in self.works:
-                work.taken = True
-            return self.works[:]
-
-    def put_back(self) -> None:
-        """The first leaves undone what is not done."""
-        with self._guard:
-            for work in self.works:
-                work.taken = work.done
-
-    def leave(self, work: _Work, *, unless_taken: bool = False) -> bool:
-        """Wait no longer. When the first leaves, so do those whose work it did, and the next is first."""
-        with self._guard:
-            if work not in self.works or (unless_taken and work.taken):
-                return False
-            was_first = self.works[0] is work
-            self.works.remove(work)
-            if was_first:
-                ended = [other for other in self.works if other.done]
-                self.works = [other for other in self.works if not other.done]
-                for other in ended + self.works[:1]:
-                    other.wake.release()
-            return True
+    def rouse(self) -> None:
+        """Wake its thread, unless it is awake."""
+        try:
+            self.wake.release()
+        except RuntimeError:
+            pass
 
 
 class SQLiteRunner(SQLRunner):
@@ -1591,286 +1314,356 @@ class SQLiteRunner(SQLRunner):
     ) -> None:
         self.settings = settings = settings or Settings.from_environment()
         self.path = api_path(settings, path)
-        self.attendant = Attendant(settings.max_interval_s, self.path, self._look, self._next_due, clock)
+        self.clock = clock
         self._timeout_s = settings.busy_timeout_ms / 1000
+        self._syncs = settings.sync_mode == "FULL" and hasattr(os, "fdatasync")
         self._lock = WriterLock(self.path)
+        self._notifier = Notifier(settings.max_interval_s, self.path, self._data_version)
         self._connection: sqlite3.Connection | None = None
-        self._cursor: sqlite3.Cursor
-        self._start()
+        self._log: _Log | None = None
+        self._begin_anew()
         _runners[weakref.ref(self, _runners.pop)] = None
 
-    def _start(self) -> None:
-        # Guards the connection, the writer lock and the fields below. The thread that is in a
-        # transaction holds it from begin_immediate() to commit() or rollback().
+    def _begin_anew(self) -> None:
+        self._pid = os.getpid()
+        # Guards the connection, the writer lock and the fields below. A thread that is in a transaction holds it from
+        # begin_immediate() to commit() or rollback(). Re-entrant only so that reset() can tell whose it is.
         self._mutex = threading.RLock()
-        self._identity: tuple[int, ...] | None = None  # of the file that the connection has open
-        self._inode = self._device = -1  # the same, where comparing these two is enough
-        self._limited = self._immutable = False  # opened for reading only; past SQLite's locking
-        self._log: tuple[int, int] | None = None  # the inode of the write-ahead log
-        self._opened = 0  # counts the connections, so that a look tells them apart
-        self._depth = 0
-        self._owner = 0  # the thread that is in a transaction; 0: none. May be read without the mutex.
-        self._ring = False  # the transaction has made something deliverable
-        self._relaxed = False  # the transaction is not synced
-        self._waited = False  # busy_timeout is shortened
-        self._paused_by = 0  # the thread that holds the mutex because it forks; 0: none
-        self._deadline = 0.0  # until when the transaction of the first in line may wait; 0: as usual
-        self._line = _Line()
+        self._identity: tuple[int, int] | None = None  # of the file that the connection has open; None: no file
+        self._opened = 0  # counts the connections
+        self._writable = False  # the connection has been prepared for writing
+        self._depth = self._owner = 0  # nested transactions, and the thread that is in them. May be read by anyone.
+        self._notify = False  # the transaction has made something deliverable
+        self._changes = 0  # total_changes of the connection when the transaction began
+        self._changed = False  # the last transaction has changed something
+        self._forking = False  # the mutex is held because of a fork
+        self._short_timeout = False  # SQLite's own busy timeout is shortened
+        self._hole = False  # a sync failed: the log may have a hole on the disk
+        # The commit queue: threads that found the mutex taken. The first is the leader, and waits for the mutex.
+        self._queue_guard = threading.Lock()  # guards the list; held only to change it, by anyone
+        self._queue: list[_Request] = []  # may be looked at without the guard
 
-    # -- the five methods
+    # -- transactions
 
-    def run(self, sql: str, params: Sequence[Any] = (), *, fetch: bool = False) -> list[Any]:
-        """Execute one statement and return its rows. See SQLRunner."""
-        if self._owner == threading.get_ident():
-            if sql in RINGING:
-                self._ring = True
-            return self._execute(sql, params)
-        try:
-            if sql != INSERT_MESSAGE:
-                deadline = self._enter()
-            elif self._line.works or not self._mutex.acquire(blocking=False):
-                raise IntegrityError(_OTHERS_WRITE)
-            else:
-                deadline = time.monotonic() + self._timeout_s
-            try:
-                if sql[:6] in ("SELECT", "PRAGMA"):
-                    self._use_current_file()
-                    return self._execute(sql, params)
-                self._lock_file(deadline, patient=sql != INSERT_MESSAGE)
-                try:
-                    rows = self._execute(sql, params)
-                    self.attendant.stale = True
-                    if sql in RINGING:
-                        self.attendant.ring(self._lock.ring())
-                    return rows
-                finally:
-                    self._lock.release()
-            finally:
-                self._mutex.release()
-        except BaseException as error:
-            self.recover(error)
-            raise
+    def transact(self, function: Callable[[Run], T], durable: bool = True) -> T:
+        """See SQLRunner. Threads that call this at the same time share a transaction, and so its sync.
 
-    def begin_immediate(self, *, durable: bool = True) -> None:
-        """Start a transaction, or a nested one. Blocks up to BROKER_BUSY_TIMEOUT, then OperationalError.
-
-        ``durable=False``: not synced to the disk by itself, for what a crash of the machine may undo.
+        An error undoes what this function did, and nothing of the others. Blocks up to BROKER_BUSY_TIMEOUT,
+        then OperationalError. NotSynced if it is committed but the disk failed to sync.
         """
-        deadline = self._enter()
+        self._check_process()
+        if self._owner == threading.get_ident():
+            return super().transact(function)
+        request = _Request(function, durable)
+        deadline = time.monotonic() + self._timeout_s
         try:
-            if self._depth:
-                self._execute("SAVEPOINT nested")
+            if not self._queue and self._mutex.acquire(blocking=False):
+                self._perform([request], deadline)
             else:
-                self._lock_file(deadline)
-                try:
-                    self._relaxed = not durable and self.settings.sync_mode == "FULL"
-                    if self._relaxed:
-                        self._execute("PRAGMA synchronous = NORMAL")
-                    self._execute("BEGIN IMMEDIATE")
-                except BaseException:
-                    if self._connection is not None and self._connection.in_transaction:  # interrupted just then
-                        self._execute("ROLLBACK")
-                    self._restore_sync()
-                    self._lock.release()
-                    raise
-                self._ring, self._owner = False, threading.get_ident()
+                self._stand_in_line(request, deadline)
+        except BaseException as error:
+            self._reset_after(error)
+            raise
+        if request.error is not None:
+            raise request.error
+        result: T = request.result
+        return result
+
+    def _stand_in_line(self, request: _Request, deadline: float) -> None:
+        """Join the commit queue, and return when the request is done, by this thread or by another.
+
+        The first in it leads: it waits for the mutex, and then takes all who have come meanwhile. Whoever comes
+        after that is the first again.
+        """
+        batch: list[_Request] = []
+        try:
+            with self._queue_guard:
+                self._queue.append(request)
+                leads = len(self._queue) == 1
+            if not leads and self._wait_in_line(request, deadline):
+                return
+            self._take_mutex(deadline)
+            # Interrupts come in the main thread: it must not leave open what became of the work of others.
+            batch = self._leave_line(request, alone=threading.current_thread() is threading.main_thread())
+            self._perform(batch, deadline)
+        finally:
+            if not batch:
+                self._leave_line(request, alone=True)
+            for each in batch:
+                if not each.done:
+                    each.error = OperationalError("the thread that did the work of several was ended from outside")
+                each.done = True
+                each.rouse()
+
+    def _wait_in_line(self, request: _Request, deadline: float) -> bool:
+        """Sleep until the request is done (True) or is the first. OperationalError at the deadline."""
+        if not request.wake.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            with self._queue_guard:
+                waiting = request in self._queue
+            if waiting:
+                raise OperationalError("the database is busy: other threads write for longer than BROKER_BUSY_TIMEOUT")
+            request.wake.acquire()  # it is being done
+        return request.done
+
+    def _leave_line(self, request: _Request, *, alone: bool) -> list[_Request]:
+        """Take this request, or all, out of the commit queue, and let the first lead. Return what was taken."""
+        taken: list[_Request] = []
+        with self._queue_guard:
+            if not alone:
+                taken, self._queue = self._queue, []
+            elif request in self._queue:
+                self._queue.remove(request)
+                taken = [request]
+            if self._queue:
+                self._queue[0].rouse()
+        return taken
+
+    def _perform(self, requests: list[_Request], deadline: float) -> None:
+        """Do what is asked in one transaction, let the next writer in, and sync. Errors are kept in the requests.
+
+        The caller has the mutex; afterwards it is free.
+        """
+        log = None
+        try:
+            self._begin(deadline)
+            try:
+                for request in requests:
+                    self._call(request, shared=len(requests) > 1)
+                self._commit()
+            except Exception:
+                self._roll_back()
+                raise
+            if self._changed and any(request.durable for request in requests):
+                log = self._log
+        except Exception as error:  # noqa: BLE001 - raised in the threads that asked
+            for request in requests:
+                request.error = request.error or (error if request is requests[0] else OperationalError(str(error)))
+        self._mutex.release()
+        failure = None if log is None else self._sync(log)
+        for request in requests:
+            if failure is not None and request.durable and request.error is None:
+                request.error = NotSynced(failure, request.result)
+            request.done = True
+
+    def _call(self, request: _Request, *, shared: bool) -> None:
+        """Do one of them. In a shared transaction its error is its own, unless SQLite rolled back everything."""
+        if not shared:
+            request.result = request.function(self.run)
+            return
+        self._execute("SAVEPOINT one")
+        try:
+            request.result = request.function(self.run)
+        except BaseException as error:  # noqa: BLE001 - an exit, too, is for the thread that asked
+            request.error = error
+            self._run_inside("ROLLBACK TO one")
+        self._execute("RELEASE one")
+
+    def begin_immediate(self) -> None:
+        """Start a transaction, or a nested one. Blocks up to BROKER_BUSY_TIMEOUT, then OperationalError."""
+        self._check_process()
+        if self._owner == threading.get_ident():
+            self._run_inside("SAVEPOINT nested")
             self._depth += 1
-        except BaseException:
-            self._mutex.release()
+            return
+        try:
+            deadline = time.monotonic() + self._timeout_s
+            self._take_mutex(deadline)
+            try:
+                self._begin(deadline)
+            except Exception:
+                self._mutex.release()
+                raise
+        except BaseException as error:
+            self._reset_after(error)
             raise
 
     def commit(self) -> None:
-        """Commit, ring the doorbell if something may have become deliverable, let the next writer in."""
-        self._check_owner()
-        if self._depth > 1:
-            self._execute("RELEASE nested")
-        else:
-            self._execute("COMMIT")
-            self.attendant.stale = True
-            if self._ring:
-                self.attendant.ring(self._lock.ring())
-        self._leave()
+        """Commit the innermost transaction; the outermost lets the next writer in and syncs."""
+        self._check_process()
+        if self.depth() > 1:
+            self._run_inside("RELEASE nested")
+            self._depth -= 1
+            return
+        try:
+            self._commit()
+            log = self._log if self._changed else None
+            self._mutex.release()
+            failure = None if log is None else self._sync(log)
+        except BaseException as error:
+            self._reset_after(error)
+            raise
+        if failure is not None:
+            raise NotSynced(failure)
 
     def rollback(self) -> None:
-        """Undo the innermost transaction."""
-        self._check_owner()
-        try:
-            if self._connection is not None and self._connection.in_transaction:
-                if self._depth > 1:
+        """Undo the innermost transaction; nothing without one."""
+        self._check_process()
+        depth = self.depth() - 1
+        if depth > 0:
+            try:
+                if self._connection is not None and self._connection.in_transaction:
                     self._execute("ROLLBACK TO nested")
                     self._execute("RELEASE nested")
-                else:
-                    self._execute("ROLLBACK")
-        finally:
-            self._leave()
-
-    def together(self, function: Callable[[Run], T], *, durable: bool = True) -> T:
-        """Run ``function(run)`` in a transaction and return its result. An error undoes what it did.
-
-        Threads that call this at the same time share a transaction. If it fails, each has one of its own,
-        so the function may be called twice. Blocks as begin_immediate() does.
-        """
-        depth = self.depth()
-        try:
-            if depth:
-                return self._alone(function, durable)
-            if not self._line.works and self._mutex.acquire(blocking=False):
-                try:
-                    return self._alone(function, durable)
-                finally:
-                    self._mutex.release()
-            return self._in_line(function, durable)
-        except BaseException as error:
-            self.recover(error, depth)
-            raise
-
-    def _alone(self, function: Callable[[Run], T], durable: bool) -> T:
-        self.begin_immediate(durable=durable)
-        try:
-            result = function(self.run)
-            self.commit()
-            return result
-        except BaseException:
-            _roll_back(self)
-            raise
-
-    def _in_line(self, function: Callable[[Run], T], durable: bool) -> T:
-        work = _Work(function, durable, self._timeout_s)
-        try:
-            if self._line.join(work):
-                self._lead(work)
-            result: T = work.result
-            return result
-        finally:
-            self._line.leave(work)
-
-    def _lead(self, mine: _Work) -> None:
-        """Do the work of all in line together; if that fails, only the own."""
-        self._enter(max(0.0, mine.deadline - time.monotonic()))
-        self._deadline = mine.deadline
-        try:
-            # An interrupt of the main thread must not leave open whether it has done the work of others.
-            alone = threading.current_thread() is threading.main_thread()
-            works = [mine] if alone else self._line.take()
-            if len(works) == 1 or not self._do_all(works):
-                mine.result = self._alone(mine.function, mine.durable)
-        finally:
-            self._deadline = 0.0
-            self._mutex.release()
-
-    def _do_all(self, works: list[_Work]) -> bool:
-        try:
-            self.begin_immediate(durable=any(work.durable for work in works))
+            except BaseException as error:  # nobody knows what is left of it: the whole transaction is gone
+                self._disconnect()
+                if not isinstance(error, Exception):
+                    raise
+            finally:
+                self._depth = depth
+        elif depth == 0:
             try:
-                results = [work.function(self.run) for work in works]
-                self.commit()
+                self._roll_back()
+                self._mutex.release()
             except BaseException as error:
-                _roll_back(self)
-                if isinstance(error, Exception):  # it is one thread's, and the others need not suffer
-                    return False
+                self._reset_after(error)
                 raise
-            for work, result in zip(works, results):
-                work.result, work.done = result, True
-            return True
-        finally:
-            self._line.put_back()
-
-    def close(self) -> None:
-        """Close the connection and the lock file. Waits for a transaction of another thread."""
-        if self._owner == threading.get_ident():
-            raise UsageError("this thread is in a transaction: close after it")
-        with self._mutex:
-            self._disconnect()
-            self._lock.close()
-        self.attendant.close()
-
-    # -- transactions
 
     def depth(self) -> int:
         """In how many nested transactions this thread is."""
         return self._depth if self._owner == threading.get_ident() else 0
 
-    def recover(self, error: BaseException, depth: int = 0) -> None:
-        """After an interrupt, which may come between any two steps: give up what this thread holds, but for that many
-        nested transactions. The state of the connection is unknown: it is opened anew."""
-        if isinstance(error, Exception):
-            return
-        if depth and depth <= self.depth():
-            while self.depth() > depth:
-                _roll_back(self)
-        elif self._mutex.acquire(blocking=False):  # else another thread has it, and this one holds nothing
-            try:
-                self._depth = self._owner = 0
-                self._deadline, self._relaxed, self._waited, self._ring = 0.0, False, False, False
-                self._disconnect()
-            except sqlite3.Error as second:  # PyPy's sqlite3 can be interrupted itself
-                log_warning("%s: the connection could not be closed: %s", self.path, second)
-            finally:
-                self._lock.release()
-                self._lock.close()
-                try:
-                    while True:
-                        self._mutex.release()
-                except RuntimeError:  # it is free
-                    pass
+    def _take_mutex(self, deadline: float) -> None:
+        if not self._mutex.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise OperationalError(
+                f"the database is busy: another thread is in a transaction on {self.path!r} for longer than"
+                " BROKER_BUSY_TIMEOUT"
+            )
 
-    def _enter(self, timeout_s: float | None = None) -> float:
-        """Take the mutex; return the deadline of the whole operation."""
-        if not self._mutex.acquire(blocking=False):
-            timeout_s = self._patience_s() if timeout_s is None else timeout_s
-            if not self._mutex.acquire(timeout=timeout_s):
-                raise OperationalError(
-                    f"the database is busy: another thread is in a transaction on {self.path!r} for longer than"
-                    f" {timeout_s:g} s (see BROKER_BUSY_TIMEOUT)"
-                )
-        return self._deadline or time.monotonic() + self._timeout_s
-
-    def _patience_s(self) -> float:
-        """How long to wait for another thread. The attendant tries again anyway, and whoever is in a transaction
-        may be waiting for it to end."""
-        return FAST_BATCH_S if self.attendant.is_current_thread() else self._timeout_s
-
-    def _leave(self) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self._owner = 0
-            self._restore_sync()
-            self._lock.release()
-        self._mutex.release()
-
-    def _restore_sync(self) -> None:
-        if self._relaxed:
-            self._relaxed = False
-            self._execute("PRAGMA synchronous = FULL")
-
-    def _check_owner(self) -> None:
-        if self._owner != threading.get_ident():
-            raise OperationalError("this thread has no open transaction (a forked child does not inherit one)")
-
-    def _lock_file(self, deadline: float, *, patient: bool = True) -> None:
-        """Take the writer lock, and see that the connection is to the current file. See WriterLock.acquire()."""
+    def _begin(self, deadline: float) -> None:
+        """Take the writer lock and begin. The caller has the mutex."""
         if self._connection is None:
             self._use_current_file()  # refuses a foreign file before a lock file is put beside it
-        waited = self._lock.acquire(deadline, patient=patient)
-        if waited is None:
-            raise IntegrityError(_OTHERS_WRITE)
+        waited = self._lock.acquire(deadline)
         try:
             self._use_current_file(deadline)
-            if waited or self._waited:
+            if waited or self._short_timeout:
                 self._share_timeout(deadline)
-        except BaseException:
+            if self._hole:
+                self._close_hole()
+            self._execute("BEGIN IMMEDIATE")
+            self._changes = self._connection.total_changes  # type: ignore[union-attr]
+        except Exception:
             self._lock.release()
             raise
+        self._notify, self._depth, self._owner = False, 1, threading.get_ident()
 
-    def _share_timeout(self, deadline: float) -> None:
-        """SQLite's own waiting gets what is left."""
-        left_ms = max(0, int((deadline - time.monotonic()) * 1000))
-        waited = left_ms < self.settings.busy_timeout_ms - 50
-        if waited or self._waited:
-            self._execute(f"PRAGMA busy_timeout = {left_ms if waited else self.settings.busy_timeout_ms}")
-            self._waited = waited
+    def _commit(self) -> None:
+        """Commit, notify, and unlock. The caller still has the mutex."""
+        self._run_inside("COMMIT")
+        self._changed = self._connection.total_changes != self._changes  # type: ignore[union-attr]
+        if self._notify:
+            self._lock.notify()
+            self._notifier.notify()
+        self._depth = self._owner = 0
+        self._lock.release()
 
-    def _execute(self, sql: str, params: Sequence[Any] = ()) -> list[Any]:
+    def _roll_back(self) -> None:
+        """The other end of a transaction."""
+        try:
+            if self._connection is not None and self._connection.in_transaction:
+                self._execute("ROLLBACK")
+        except BrokerError as error:  # the connection is of no use then; closing it rolls back
+            log_warning("rollback failed too: %s", error)
+            self._disconnect()
+        self._depth = self._owner = 0
+        self._lock.release()
+
+    def _sync(self, log: _Log) -> str | None:
+        """Sync the log, with no lock held; return what is wrong. It undoes nothing: others have built on the commit."""
+        problem: object = "a sync of another thread failed"  # the kernel reports an error of a file only once
+        try:
+            os.fdatasync(log.fd)
+        except OSError as error:
+            self._hole, problem = True, error.strerror
+        if not self._hole:
+            return None
+        return f"stored, but it may not survive a crash of the machine: {self.path!r}: {problem}"
+
+    def _close_hole(self) -> None:
+        """After a sync that failed the next ones succeed, though the pages of the first are not on the disk: write what
+        the log has into the database, and begin a new log, before anything is called durable again."""
+        if self._execute(TRUNCATE_WAL)[0][0]:
+            raise OperationalError(f"{self.path!r} could not be synced, and a reader is in the way of doing it again")
+        self._hole = False
+
+    def _reset_after(self, error: BaseException) -> None:
+        """KeyboardInterrupt and its kind can arrive between any two bytecodes, so nothing is known about the
+        connection: close it (SQLite rolls back), and drop every lock that this thread has, whatever the depth."""
+        if isinstance(error, Exception) or not self._mutex.acquire(blocking=False):
+            return  # another thread has the mutex, so this one holds nothing
+        try:
+            self._depth = self._owner = 0
+            self._disconnect()
+        except sqlite3.Error as second:  # PyPy's sqlite3 can be interrupted itself
+            log_warning("%s: the connection could not be closed: %s", self.path, second)
+        finally:
+            self._lock.release()
+            self._lock.close()
+            try:
+                while True:
+                    self._mutex.release()
+            except RuntimeError:  # it is free
+                pass
+
+    def _exclusively(self, function: Callable[[float], T]) -> T:
+        """Call ``function(deadline)`` with the mutex held, outside of transactions."""
+        self._check_process()
+        if self._owner == threading.get_ident():
+            raise UsageError("this thread is in a transaction: do this after it")
+        try:
+            deadline = time.monotonic() + self._timeout_s
+            self._take_mutex(deadline)
+            try:
+                result = function(deadline)
+            except Exception:
+                self._mutex.release()
+                raise
+            self._mutex.release()
+            return result
+        except BaseException as error:
+            self._reset_after(error)
+            raise
+
+    # -- statements
+
+    def run(self, sql: str, params: Any = (), *, fetch: bool = False) -> list[Any]:
+        """Execute one statement and return its rows. See SQLRunner."""
+        self._check_process()
+        if self._owner == threading.get_ident():
+            if sql in NOTIFYING:
+                self._notify = True
+            return self._run_inside(sql, params)
+        if sql[:6] not in ("SELECT", "PRAGMA"):
+            return self.transact(lambda run: run(sql, params))
+
+        def read(deadline: float) -> list[Any]:
+            self._use_current_file()
+            return self._execute(sql, params)
+
+        return self._exclusively(read)
+
+    def insert(self, queue: str, bodies: Sequence[str], held_until: int | None, now: int) -> list[int]:
+        """See SQLRunner. The first row takes its id by itself, the others follow."""
+        self._notify = True
+        self._run_inside(INSERT_NEXT, (now & ~ID_COUNTER_MASK, queue, bodies[0], held_until))
+        first = self._cursor.lastrowid or 0
+        if len(bodies) > 1:
+            rows = ((first + n, queue, body, held_until) for n, body in enumerate(bodies) if n)
+            try:
+                self._cursor.executemany(INSERT_MESSAGE, rows)
+            except sqlite3.Error as error:
+                raise self._translated(error) from error
+        return list(range(first, first + len(bodies)))
+
+    def _run_inside(self, sql: str, params: Any = ()) -> list[Any]:
+        """Execute a statement of this thread's transaction."""
+        if self._owner != threading.get_ident():
+            raise OperationalError("this thread has no open transaction (a forked child does not inherit one)")
+        if self._connection is None or not self._connection.in_transaction:
+            raise OperationalError(f"{self.path!r}: {_ROLLED_BACK}")
+        return self._execute(sql, params)
+
+    def _execute(self, sql: str, params: Any = ()) -> list[Any]:
         try:
             # fetchall() also where there are no rows: it ends the statement, and with it its snapshot.
             return self._cursor.execute(sql, params).fetchall()
@@ -1888,110 +1681,104 @@ class SQLiteRunner(SQLRunner):
             return OperationalError(f"{self.path!r}: {text}")
         return DatabaseError(f"{self.path!r} is not a SimpleBroker database, or is damaged: {text}")
 
+    def _share_timeout(self, deadline: float) -> None:
+        """SQLite's own waiting gets what is left of the time: there is one deadline."""
+        left_ms = max(0, int((deadline - time.monotonic()) * 1000))
+        short = left_ms < self.settings.busy_timeout_ms - 50
+        if short or self._short_timeout:
+            self._execute(f"PRAGMA busy_timeout = {left_ms if short else self.settings.busy_timeout_ms}")
+            self._short_timeout = short
+
+    def _data_version(self) -> object:
+        """For the notifier: changes with commits of other connections. None while another thread is inside."""
+        if not self._mutex.acquire(blocking=False):
+            return None
+        try:
+            if self._connection is None:  # closed, or not opened yet, which the waiters do
+                return None
+            self._use_current_file()
+            return self._opened, self._execute(SELECT_DATA_VERSION)[0][0]
+        finally:
+            self._mutex.release()
+
     # -- the file
 
     def _use_current_file(self, deadline: float | None = None) -> None:
-        """Connect to the file that the path names now, unless that is the one in use.
+        """Be connected to the file that the path names now. The caller has the mutex.
 
         With a deadline for writing: the writer lock is held, and the file is made if it is not there.
         """
-        try:
-            found = os.stat(self.path)
-            if found.st_ino == self._inode and found.st_dev == self._device:
-                return
-        except OSError:  # which _identify() looks at again
-            pass
-        identity = self._identify()
-        usable = deadline is None or (identity is not None and not self._limited)
-        if self._connection is not None and identity == self._identity and usable:
+        write, identity = deadline is not None, file_identity(self.path)
+        if self._connection is not None and identity == self._identity and (self._writable or not write):
             return
         if deadline is not None:
-            self._lock.acquire(deadline, check=True)  # who replaced the file may have replaced the lock too
-            identity = self._identify()
-        if self._identity is None or self._identity == identity:
-            self._disconnect()
-        else:
-            self._leave_moved_file(locked=deadline is not None)
-            identity = self._identify()
-        self._opened += 1
+            self._lock.acquire(deadline, check=True)  # who replaced the file may have replaced the lock file too
+            identity = file_identity(self.path)
         try:
-            if identity is None and deadline is None:
-                self._connect_to_nothing()
-            else:
-                self._connect(deadline)
-        except BaseException as error:
+            self._connect(identity, write)
+        except BrokerError:
             self._disconnect()
-            if deadline is not None or not isinstance(error, BrokerError) or self._identify() == identity:
+            if write or file_identity(self.path) == identity:
                 raise
-            self._use_current_file()  # it was deleted or replaced at this moment
+            self._use_current_file()  # it was deleted or replaced at this moment: one more try
 
-    def _identify(self) -> tuple[int, ...] | None:
-        """What tells the file that the path names from others; None if there is none."""
-        try:
-            found = os.stat(self.path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        if self._immutable:  # read past SQLite's locking: nothing may have changed at all
-            log = os.path.exists(self.path + "-wal")
-            return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size, int(log)
-        return found.st_dev, found.st_ino
+    def _connect(self, identity: tuple[int, int] | None, write: bool) -> None:
+        if self._connection is None or identity is None or identity != self._identity:
+            self._disconnect()
+            if identity is None and write:
+                self._make_file()
+                identity = file_identity(self.path)
+            self._opened += 1
+            if identity is None or not self._open_file(write):
+                # Stand in for a file that is not there, or just being made: reading finds nothing, and makes nothing.
+                self._disconnect()
+                connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+                self._connection, self._cursor = connection, connection.cursor()
+                for statement in SCHEMA:
+                    self._execute(statement)
+                return
+            if identity != file_identity(self.path):
+                raise OperationalError(f"{self.path!r} was replaced at this moment: try again")
+            self._identity = identity
+        if write:
+            mode = self._execute("PRAGMA journal_mode = WAL")[0][0]
+            if mode != "wal":
+                raise OperationalError(f"{self.path!r} stays in journal mode {mode}: close what uses it, and try again")
+            try:
+                self._log = _Log(self.path + "-wal") if self._syncs else None
+            except OSError as error:
+                raise OperationalError(f"cannot open the log of {self.path!r}: {error.strerror}") from error
+            self._writable = True
 
-    def _connect_to_nothing(self) -> None:
-        """Stand in for a file that is not there yet: reading finds nothing, and makes nothing."""
-        self._connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        self._cursor = self._connection.cursor()
-        for statement in SCHEMA:
-            self._execute(statement)
-
-    def _connect(self, deadline: float | None) -> None:
-        if self.path in _unusable:
+    def _open_file(self, write: bool) -> bool:
+        """Connect to the file; make the schema in an empty one. False: it is empty, and nobody wants to write."""
+        if self.path in _refused:
             raise OperationalError(
-                f"this process was forked during a transaction on {self.path!r}, and SQLite does not survive that:"
-                " fork between transactions, or start processes with spawn or exec"
+                f"this process was forked while {self.path!r} was open, and SQLite does not survive that: open it after"
+                " the fork, fork between transactions, or start processes with spawn or exec"
             )
         if os.path.isdir(self.path):
             raise OperationalError(f"{self.path!r} is a directory: give a file")
-        if deadline is not None:
-            self._make_file()
-        try:
-            self._open("mode=rw")
-            ours = self._check()
-        except OperationalError as error:
-            if os.access(os.path.dirname(self.path), os.W_OK):
-                raise
-            if deadline is not None:
-                raise self._translated(sqlite3.OperationalError("readonly directory")) from error
-            # A read-only directory: SQLite can read there if the log's files exist, or if nobody writes.
-            self._disconnect()
-            self._limited, self._immutable = True, not os.path.exists(self.path + "-wal")
-            self._open("immutable=1" if self._immutable else "mode=ro")
-            ours = self._check()
-        if not ours and deadline is None:  # someone is just making it
-            self._disconnect()
-            self._connect_to_nothing()
-            return
-        if not ours and deadline is not None:
-            self._make_schema(deadline)
-        self._identity = self._identify()
-        self._log = file_identity(self.path + "-wal")
-        if self._identity is not None and not self._limited:
-            self._device, self._inode = self._identity
-
-    def _open(self, mode: str) -> None:
         path = self.path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-        uri = f"file:{path}?{mode}" if os.sep == "/" else f"file:/{path}?{mode}".replace("\\", "/")
+        uri = f"file:{path}?mode=rw" if os.sep == "/" else f"file:/{path}?mode=rw".replace("\\", "/")
         settings = self.settings
         try:
-            self._connection = sqlite3.connect(
+            connection = sqlite3.connect(
                 uri, uri=True, timeout=self._timeout_s, isolation_level=None, check_same_thread=False
             )
         except sqlite3.Error as error:
             raise self._translated(error) from error
-        self._cursor = self._connection.cursor()
+        connection.text_factory = _as_text
+        self._connection, self._cursor = connection, connection.cursor()
         self._execute("PRAGMA trusted_schema = OFF")
-        self._execute(f"PRAGMA synchronous = {settings.sync_mode}")
+        self._execute(f"PRAGMA synchronous = {'NORMAL' if self._syncs else settings.sync_mode}")
         self._execute(f"PRAGMA cache_size = {-1024 * settings.cache_mb}")
         self._execute(f"PRAGMA wal_autocheckpoint = {settings.wal_autocheckpoint}")
+        self._execute(f"PRAGMA journal_size_limit = {4 * settings.wal_autocheckpoint * PAGE_BYTES}")
+        ours = self._check()
+        if write and not ours:
+            self._make_schema()
+        return ours or write
 
     def _check(self) -> bool:
         """True: a SimpleBroker database. False: an empty file. DatabaseError: anything else. Only reads."""
@@ -1999,50 +1786,65 @@ class SQLiteRunner(SQLRunner):
         try:
             magic = self._execute("PRAGMA application_id")[0][0]
             objects = self._execute(SELECT_OBJECTS)
-            version = self._execute(SELECT_VERSION) if any(row[:2] == ("table", "meta") for row in objects) else []
+            found = os.stat(self.path)
+            if magic == 0 and not objects and found.st_size != 1:  # SQLite takes one byte for none
+                return False
+            if magic != APPLICATION_ID:
+                raise self._foreign(objects)
+            tables = [name for type, name, _, _ in objects if type == "table"]
+            version = self._execute(SELECT_VERSION) if "meta" in tables else []
+        except OSError as error:
+            raise OperationalError(f"cannot look at {self.path!r}, try again: {error.strerror}") from error
         finally:
             if self._connection is not None and self._connection.in_transaction:
                 self._execute("COMMIT")
-        try:
-            if magic == 0 and not objects and os.path.getsize(self.path) != 1:  # SQLite takes one byte for none
-                return False
-        except FileNotFoundError:
-            raise OperationalError(f"{self.path!r} was deleted at this moment: try again") from None
-        if magic != APPLICATION_ID:
-            raise DatabaseError(f"{self.path!r} is a database of another program: choose another file")
         if version and version[0][0] != SCHEMA_VERSION:
             raise DatabaseError(
-                f"{self.path!r} has schema version {version[0][0]}, this program knows {SCHEMA_VERSION}: use the"
-                " version of SimpleBroker that made it"
+                f"{self.path!r} has schema version {version[0][0]}, this program knows {SCHEMA_VERSION}: dump it with"
+                " the version of SimpleBroker that made it, and load that into a new file"
             )
         # Tables of others may be in the file (a transactional outbox), but nothing of theirs on ours.
         expected = {sql.split()[5]: sql.replace("IF NOT EXISTS ", "") for sql in SCHEMA[:-1]}
-        found = {name: sql for _, name, table, sql in objects if name in expected or table in expected}
-        if found != expected or not version:
-            names = ", ".join(sorted(dict(found.items() ^ expected.items()))) or "meta is empty"
+        present = {name: sql for _, name, table, sql in objects if name in expected or table in expected}
+        if present != expected or not version:
+            names = ", ".join(sorted(dict(present.items() ^ expected.items()))) or "meta is empty"
             raise DatabaseError(f"{self.path!r} was altered ({names}): restore a backup or choose another file")
+        if found.st_nlink > 1:
+            raise DatabaseError(f"{self.path!r} has {found.st_nlink} hard links, each with a log of its own: keep one")
         return True
 
-    def _make_file(self) -> None:
-        """Create the file, unless it is there. The caller has the writer lock."""
+    def _foreign(self, objects: list[Any]) -> DatabaseError:
+        """The error for a database of another program."""
         try:
+            pypi = ("table", "meta") in [row[:2] for row in objects] and self._execute(SELECT_MAGIC)
+        except BrokerError:  # a table meta of someone else
+            pypi = []
+        if pypi and pypi[0][0] == "simplebroker-v1":
+            return DatabaseError(
+                f"{self.path!r} is a database of the SimpleBroker package on PyPI: pipe its 'broker dump' into our"
+                " 'broker load' (see README, Coming from the SimpleBroker package on PyPI)"
+            )
+        return DatabaseError(f"{self.path!r} is a database of another program: choose another file")
+
+    def _make_file(self) -> None:
+        """Create the file. The caller has the writer lock."""
+        try:
+            if self._lock.usable:  # else someone may already use the new file
+                # SQLite would apply a -wal left by a deleted database of this name to the new file, and readers of the
+                # old one would write to the new one's -shm: remove both before the new file is made.
+                remove_file(self.path + "-wal")
+                remove_file(self.path + "-shm")
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            os.chmod(self.path, 0o600)  # also under a umask that takes bits away from the owner
+            os.close(fd)
         except FileExistsError:
-            return
+            pass
         except OSError as error:
             raise OperationalError(f"cannot create {self.path!r}: {error.strerror}") from error
-        if hasattr(os, "fchmod"):
-            os.fchmod(fd, 0o600)  # also under a umask that takes bits away from the owner
-        os.close(fd)
-        if self._lock.excludes:  # else someone may already use the new file; then SQLite removes the log alone
-            self._remove_log()  # of a deleted database that had this name: its readers would write to the new index
 
-    def _remove_log(self) -> None:
-        remove_file(self.path + "-wal")
-        remove_file(self.path + "-shm")
-
-    def _make_schema(self, deadline: float) -> None:
+    def _make_schema(self) -> None:
         self._execute(f"PRAGMA page_size = {PAGE_BYTES}")
+        deadline = time.monotonic() + self._timeout_s
         while True:
             try:
                 self._execute("PRAGMA journal_mode = WAL")
@@ -2050,110 +1852,113 @@ class SQLiteRunner(SQLRunner):
             except OperationalError:  # where there are no file locks, and for this SQLite does not wait
                 if time.monotonic() >= deadline:
                     raise
-                time.sleep(LOCK_PAUSE_S)
+                time.sleep(LOCK_PAUSE_US[1] / 1e6)
         self._execute("BEGIN IMMEDIATE")
         try:
             for statement in SCHEMA:
                 self._execute(statement)
             self._execute(f"PRAGMA application_id = {APPLICATION_ID}")
             self._execute("COMMIT")
-        except BaseException:
+        except BrokerError:
             if self._connection is not None and self._connection.in_transaction:
                 self._execute("ROLLBACK")
             raise
 
-    def _leave_moved_file(self, *, locked: bool) -> None:
-        """Close the connection to a file that was deleted or replaced, and remove the log that it left behind: SQLite
-        would apply it to the new file. Who makes or deletes the file has the writer lock, so readers take it too: else
-        they could remove the log of a file that was made meanwhile."""
-        log = self._log
-        if log is not None and not locked:
-            self._lock.acquire(time.monotonic() + self._patience_s(), check=True, make=False)
-        try:
-            # Before closing, because after that a new log may have the inode of the old one.
-            left_behind = log is not None and log == file_identity(self.path + "-wal")
-            self._disconnect(moved=True)
-            if left_behind:
-                self._remove_log()
-        finally:
-            if not locked:
-                self._lock.release()
-
-    def _disconnect(self, *, moved: bool = False) -> None:
-        """Close the connection. ``moved``: its file was deleted or replaced."""
-        connection, self._connection = self._connection, None
-        self._log = self._identity = None
-        self._limited = self._immutable = False
-        self._inode = self._device = -1
-        if connection is not None and moved and sqlite3.sqlite_version_info < (3, 31):
-            _abandon(connection)  # closing it would delete the log of the new file, which has its name
-        elif connection is not None:
+    def _disconnect(self) -> None:
+        connection, self._connection, self._log, self._identity = self._connection, None, None, None
+        self._writable = self._short_timeout = False
+        if connection is not None:
+            self._cursor.close()  # else its statement would keep the connection open, and the transaction
             connection.close()
 
-    def delete_file(self) -> bool:
+    def close(self) -> None:
+        """Close the connection and the lock file. Waits for a transaction of another thread."""
+
+        def close(deadline: float) -> None:
+            self._disconnect()
+            self._lock.close()
+
+        self._exclusively(close)
+
+    def delete(self) -> bool:
         """Delete the database, if it is one of ours, with all that belongs to it. False if there is none."""
-        if self._owner == threading.get_ident():
-            raise UsageError("this thread is in a transaction: delete after it")
-        deadline = self._enter()
-        try:
+
+        def delete(deadline: float) -> bool:
             self._use_current_file()  # refuses what is not ours
             if self._identity is None:
                 return False
             self._lock.acquire(deadline, check=True)
-            self._disconnect()
-            for suffix in ("", "-wal", "-shm", "-journal"):
-                remove_file(self.path + suffix)
-            self._lock.delete()
-            return True
-        except OSError as error:
-            raise OperationalError(f"cannot delete {self.path!r}: {error.strerror}") from error
-        finally:
-            self._lock.release()
-            self._mutex.release()
+            try:
+                self._disconnect()
+                for suffix in ("", "-wal", "-shm", "-journal"):
+                    remove_file(self.path + suffix)
+                self._lock.delete()
+                return True
+            except OSError as error:
+                raise OperationalError(f"cannot delete {self.path!r}: {error.strerror}") from error
+            finally:
+                self._lock.release()
+
+        return self._exclusively(delete)
+
+    def vacuum(self) -> None:
+        """Give unused space back to the file system. Writers wait meanwhile; it waits for no reader."""
+
+        def vacuum(deadline: float) -> None:
+            self._use_current_file()
+            if self._identity is None:
+                return
+            self._lock.acquire(deadline)
+            try:
+                self._use_current_file(deadline)
+                self._execute(VACUUM)
+                self._execute("PRAGMA busy_timeout = 0")
+                self._execute(TRUNCATE_WAL)
+                self._execute(f"PRAGMA busy_timeout = {self.settings.busy_timeout_ms}")
+            finally:
+                self._lock.release()
+
+        self._exclusively(vacuum)
 
     def snapshot(self) -> _Snapshot:
         """``with runner.snapshot() as run:`` reads one state of the database, without stopping writers."""
         return _Snapshot(self.path, self.settings)
 
-    # -- what the attendant asks, and fork
-
-    def _look(self) -> object:
-        version = self.run(SELECT_DATA_VERSION)[0][0]
-        return self._opened, version
-
-    def _next_due(self, now_ns: int) -> int | None:
-        due: int | None = self.run(SELECT_NEXT_DUE, (now_ns,))[0][0]
-        return due
+    # -- fork
 
     def before_fork(self) -> None:
-        """Close the connection and keep out other threads: SQLite's bookkeeping of locks is per process, and a
-        child that inherits it would read and write without locks. Impossible during a transaction."""
-        me = threading.get_ident()
-        if self._owner != me and self._mutex.acquire(timeout=self._timeout_s):
-            self._paused_by = me
-        if self._paused_by == me and not self._owner:
-            self._disconnect()
-        elif self._connection is not None:
-            try:
-                import ctypes  # noqa: F401 - for the child, which could hang on a lock of the import system
-            except ImportError:
-                pass
+        """Close the connection and keep other threads out: SQLite's table of locks is per process, and a child that
+        inherits it would read and write without locks. Impossible during a transaction or a dump."""
+        self._check_process()
+        if self._owner != threading.get_ident() and self._mutex.acquire(timeout=self._timeout_s):
+            self._forking = True
+            if not self._depth:
+                self._disconnect()
 
     def after_fork(self) -> None:
         """In the parent: go on."""
-        if self._paused_by == threading.get_ident():
-            self._paused_by = 0
+        if self._forking:
+            self._forking = False
             self._mutex.release()
 
-    def forget_parent(self) -> None:
-        """In the child: leave everything to the parent and begin anew."""
+    def _check_process(self) -> None:
+        """In a forked child, also of a fork that ran no hooks: leave everything to the parent, and begin anew."""
+        if self._pid == os.getpid():
+            return
         if self._connection is not None:
-            _abandon(self._connection)  # closing would roll back, in memory that both share, the parent's transaction
-            _unusable.add(self.path)
-            self._connection = None
-        self._lock.forget_parent()
-        self.attendant.forget_parent()
-        self._start()
+            # Freeing it, even at the end of the interpreter, would roll back the parent's transaction, in memory that
+            # both share: keep a reference that nobody gives back.
+            _inherited.append((self._connection, self._cursor))
+            try:
+                import ctypes
+
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(_inherited[-1]))
+            except (ImportError, AttributeError):  # PyPy frees nothing when it ends
+                pass
+            _refused.add(self.path)
+        self._connection = self._log = None
+        self._lock.close()
+        self._begin_anew()
 
 
 class _Snapshot(SQLiteRunner):
@@ -2162,39 +1967,64 @@ class _Snapshot(SQLiteRunner):
     def __enter__(self) -> Run:
         self._use_current_file()
         self._execute("BEGIN")
-        self._owner = threading.get_ident()  # so that run() stays with this connection
+        self._depth = 1  # so that a fork does not close it
         return self.run
 
+    def run(self, sql: str, params: Any = (), *, fetch: bool = False) -> list[Any]:
+        self._check_process()
+        if self._connection is None:
+            self._use_current_file()  # says why not
+        return self._execute(sql, params)
+
     def __exit__(self, *_: object) -> None:
-        self._owner = 0
+        self._depth = 0
         self.close()
 
 
+_inherited: list[tuple[sqlite3.Connection, sqlite3.Cursor]] = []  # connections that are the parent's
+_refused: set[str] = set()  # the databases that those have open
 # All of this process, for fork. A WeakSet fails when a thread adds to it, or PyPy collects, while it is listed;
 # listing, adding to and taking from a dict are one step each.
 _runners: dict[weakref.ref[SQLiteRunner], None] = {}
-_shared: dict[tuple[Any, ...], tuple[SQLiteRunner, int]] = {}  # those that queues share, and how many do
+_shared: dict[tuple[Any, ...], tuple[SQLRunner, int]] = {}  # those that brokers share, and how many do
 _shared_guard = threading.Lock()  # guards _shared; held only to change it
 
 
-def borrow_runner(path: str, settings: Settings) -> SQLiteRunner:
-    """The runner that all queues of this process on the same file share. Give it back when done."""
-    key = (path, *settings.key())
+def share_runner(path: str, settings: Settings) -> SQLRunner:
+    """The runner that all brokers of this process on the same file share, or on the same URL.
+
+    ``scheme://...`` is opened by ``open_runner(url, settings)`` of the module simplebroker_SCHEME.
+    """
     with _shared_guard:
-        runner, users = _shared.get(key) or (SQLiteRunner(path, settings), 0)
-        _shared[key] = runner, users + 1
+        runner, users = _shared.get((path, settings)) or (_open_runner(path, settings), 0)
+        _shared[path, settings] = runner, users + 1
         return runner
 
 
-def give_back_runner(runner: SQLiteRunner) -> None:
+def _open_runner(path: str, settings: Settings) -> SQLRunner:
+    scheme = url_scheme(path)
+    if not scheme:
+        return SQLiteRunner(path, settings)
+    import importlib
+
+    try:
+        module = importlib.import_module(f"simplebroker_{scheme}")
+    except ImportError as error:
+        raise UsageError(
+            f"{scheme}:// needs simplebroker_{scheme}.py, from examples/, beside your program, and what that imports"
+            f' (for postgresql: pip install "psycopg[binary]"): {error}'
+        ) from error
+    runner: SQLRunner = module.open_runner(path, settings)
+    return runner
+
+
+def return_runner(path: str, settings: Settings) -> None:
     """End one use of a shared runner; the last one closes it."""
-    key = (runner.path, *runner.settings.key())
     with _shared_guard:
-        users = _shared[key][1] - 1
-        if users:
-            _shared[key] = runner, users
+        runner, users = _shared.pop((path, settings))
+        if users > 1:
+            _shared[path, settings] = runner, users - 1
             return
-        del _shared[key]
     runner.close()
 
 
@@ -2208,34 +2038,35 @@ def _each_runner(act: Callable[[SQLiteRunner], None]) -> Callable[[], None]:
     return hook
 
 
-def _forget_parent() -> None:
+def _after_fork_in_child() -> None:
     global _shared_guard
     _shared_guard = threading.Lock()  # the parent's may have been held by a thread that the child lacks
-    _each_runner(SQLiteRunner.forget_parent)()
+    _each_runner(SQLiteRunner._check_process)()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_each_runner(SQLiteRunner.before_fork),
         after_in_parent=_each_runner(SQLiteRunner.after_fork),
-        after_in_child=_forget_parent,
+        after_in_child=_after_fork_in_child,
     )
 
 
 # ---------------------------------------------------------------------------------------------------
-# Broker: everything about all queues of a database, and the one place that says begin, commit, rollback.
+# Broker: everything about all queues of a database.
 # ---------------------------------------------------------------------------------------------------
 
 DUMP_FORMAT, DUMP_VERSION = "simplebroker-dump", 1
 
 
-class Stats(namedtuple("Stats", "ready leased delayed")):
-    """How many messages a queue has: ready, leased, delayed; total."""
+class Stats(namedtuple("Stats", "ready leased delayed oldest")):
+    """How many messages a queue has: ready, leased, delayed; total; and the lowest id that is ready, or None."""
 
     __slots__ = ()
     ready: int
     leased: int
     delayed: int
+    oldest: int | None
 
     @property
     def total(self) -> int:
@@ -2246,32 +2077,26 @@ class Stats(namedtuple("Stats", "ready leased delayed")):
 class Broker:
     """All queues of one database.
 
-    ``db_path`` is a file; None means the default (see BROKER_DEFAULT_DB_LOCATION, BROKER_PROJECT_SCOPE).
-    ``runner`` replaces it and stays the caller's. ``clock`` returns nanoseconds since 1970. Nothing is
-    opened before it is needed.
+    ``db_path`` is a file or a URL; None means the default (see BROKER_DEFAULT_DB_LOCATION,
+    BROKER_PROJECT_SCOPE). ``runner`` replaces it and stays the caller's. ``clock`` returns nanoseconds since
+    1970; None: that of the runner. No file is opened before it is needed.
     """
 
     def __init__(
         self, db_path: StrPath | None = None, *, runner: SQLRunner | None = None, settings: Settings | None = None,
-        clock: Callable[[], int] = time.time_ns,
+        clock: Callable[[], int] | None = None,
     ) -> None:  # fmt: skip
         if runner is not None and db_path is not None:
             raise ValueError("give a db_path or a runner, not both")
         self.settings = settings or Settings.from_environment()
-        self.clock = clock
-        self._owned: SQLiteRunner | None = None
-        if runner is None:
-            runner = self._owned = borrow_runner(api_path(self.settings, db_path), self.settings)
-        self.runner: SQLRunner = runner
-        self.ids = TimestampGenerator(self.runner, clock)
-        self._transaction = _Transaction(self.runner)
-        self._relaxed_transaction = _Transaction(self.runner, durable=False)
-        self._closed = False
-        self._prepared = isinstance(self.runner, SQLiteRunner)  # which makes its schema itself
-        if isinstance(self.runner, SQLiteRunner):
-            self.attendant = self.runner.attendant
-        else:
-            self.attendant = Attendant(self.settings.max_interval_s)
+        self._shared_path = "" if runner is not None else api_path(self.settings, db_path)
+        self.runner = runner if runner is not None else share_runner(self._shared_path, self.settings)
+        self.clock: Callable[[], int] = clock or self.runner.clock
+        self.ids = TimestampGenerator(self.runner, self.clock)
+        self._closed = self._prepared = False
+
+    def __repr__(self) -> str:
+        return f"Broker({self.path!r})" if self._shared_path else f"Broker(runner={self.runner!r})"
 
     def __enter__(self) -> Broker:
         return self
@@ -2281,152 +2106,157 @@ class Broker:
 
     def close(self) -> None:
         """Close it; the connection is closed with its last user. Closing twice is allowed."""
-        if not self._closed and self._owned is not None:
-            give_back_runner(self._owned)
+        if not self._closed and self._shared_path:
+            return_runner(self._shared_path, self.settings)
         self._closed = True
 
     @property
     def path(self) -> str:
-        """The absolute path of the database file; empty with a custom runner."""
-        return self.runner.path if isinstance(self.runner, SQLiteRunner) else ""
+        """The absolute path of the database file, or its URL; empty if a custom runner does not tell."""
+        return self.runner.path
+
+    def exists(self) -> bool:
+        """Is there a database? Nothing is opened; where there is no file to look at, it is taken for granted."""
+        return not self.path or bool(url_scheme(self.path)) or os.path.exists(self.path)
 
     def queue(self, name: str) -> Queue:
         """The queue of that name on this broker. Closing it does not close the broker."""
         return Queue(name, broker=self)
 
-    def transaction(self) -> _Transaction:
+    def transact(self, function: Callable[[Run], T], durable: bool = True) -> T:
+        """Call ``function(run)`` in a transaction and return its result; see SQLRunner.transact()."""
+        if self._closed or not self._prepared:
+            self._prepare()
+        return self.runner.transact(function, durable)
+
+    def transaction(self) -> Transaction:
         """``with broker.transaction() as run:`` one write transaction; ``run(sql, params, fetch=)``.
 
         What the thread does inside with queues of the same database belongs to it: all or nothing. (With
-        a custom runner only run() does, unless the runner lets transactions nest.)
+        a custom runner only if that lets transactions nest.)
         Blocks up to BROKER_BUSY_TIMEOUT, then OperationalError. Keep it short: all other writers wait.
         """
-        if self._closed or not self._prepared:
-            self._prepare()
-        return self._transaction
+        self._prepare()
+        return Transaction(self.runner)
 
-    def relaxed_transaction(self) -> _Transaction:
-        """A transaction() that a crash of the machine may undo, which is what becomes of leases anyway."""
-        self.transaction()
-        return self._relaxed_transaction
-
-    def together(self, function: Callable[[Run], T], *, durable: bool = True) -> T:
-        """Run ``function(run)`` in a transaction() and return its result; threads that do so at once share one.
-
-        The function may be called twice: the transaction is tried again without the others if it fails.
-        ``durable=False``: a crash of the machine may undo it.
-        """
-        transaction = self.transaction()
-        if isinstance(self.runner, SQLiteRunner):
-            return self.runner.together(function, durable=durable)
-        with transaction as run:
-            return function(run)
-
-    def run(self, sql: str, params: Sequence[Any] = ()) -> list[Any]:
-        """Run one statement of the SQL room by itself and return its rows."""
+    def run(self, sql: str, params: Any = ()) -> list[Any]:
+        """Run one statement of the SQL section by itself and return its rows."""
         if self._closed or not self._prepared:
             self._prepare()
         rows: list[Any] = self.runner.run(sql, params, fetch=True)
         return rows
 
     def _prepare(self) -> None:
-        """Before the first use of a custom runner: make the schema if it is not there."""
         if self._closed:
             raise UsageError("the queue or its broker was closed: make a new one")
-        try:
-            version = self.runner.run(SELECT_VERSION, fetch=True)
-        except sqlite3.OperationalError:  # no such table
-            version = []
-        if version and version[0][0] != SCHEMA_VERSION:
-            raise DatabaseError(f"schema version {version[0][0]} is not {SCHEMA_VERSION}, which this program knows")
-        if not version:
-            with self._transaction as run:
-                for statement in SCHEMA:
-                    run(statement)
-        self._prepared = True
-
-    def insert(self, run: Run, queue: str, bodies: Sequence[str], held_until: int | None) -> list[int]:
-        """Write checked bodies to one queue, in the caller's transaction; return their ids."""
-        first = self.ids.after(run(SELECT_LAST_ID, fetch=True)[0][0], len(bodies))
-        full = len(bodies) - len(bodies) % BATCH_ROWS
-        for start in range(0, full, BATCH_ROWS):
-            run(INSERT_BATCH, (first + start, queue, held_until, *bodies[start : start + BATCH_ROWS]))
-        for start in range(full, len(bodies)):
-            run(INSERT_ONE, (first + start, queue, held_until, bodies[start]))
-        return list(range(first, first + len(bodies)))
+        if not self._prepared:
+            self.runner.prepare()
+            self._prepared = True
 
     def queues(self, pattern: str | None = None) -> dict[str, Stats]:
         """The queues that have messages, sorted, with their stats; only those that match the pattern."""
-        rows = self.run(SELECT_QUEUES, (self.clock(),))
+        rows = self.run(SELECT_QUEUES, {"now": self.clock()})
         return {row[0]: Stats(*row[1:]) for row in rows if matches(row[0], pattern)}
 
-    def broadcast(self, body: str, pattern: str | None = None) -> list[str]:
-        """Write the body to every queue that has messages (and matches); return their names.
+    def broadcast(self, body: str, pattern: str | None = None, queues: Iterable[str] | None = None) -> list[str]:
+        """Write the body to every queue that has messages (and matches), or to these; return their names.
 
         One transaction: all of them or none. Each copy has an id of its own.
         """
         text = check_body(body, self.settings.max_message_size)
-        with self.transaction():
-            names = list(self.queues(pattern))
-            for name in names:
-                self.insert(self.runner.run, name, [text], None)
-        return names
+        if pattern is not None and queues is not None:
+            raise ValueError("give a pattern or queues, not both")
+        given = None if queues is None else sorted({check_queue_name(name) for name in queues})
 
-    def alarm(self) -> Alarm:
-        """``with broker.alarm() as alarm:`` look and ``alarm.wait(seconds)`` in turn. No change between a
+        def write(run: Run) -> list[str]:
+            names = list(self.queues(pattern)) if given is None else given
+            for name in names:
+                self.runner.insert(name, [text], None, self.clock())
+            return names
+
+        return self.transact(write)
+
+    def rename(self, old: str, new: str) -> int:
+        """Give all messages of a queue, held ones too, to another name; return how many. One transaction.
+
+        Leases go on, and attempts and reasons stay. The messages of a queue that has that name already are
+        merged with them by id. OLD.dead keeps its name.
+        """
+        if check_queue_name(old) == check_queue_name(new):
+            raise ValueError(f"old and new name are the same, {old!r}")
+
+        def rename(run: Run) -> int:
+            count: int = run(SELECT_STORED, (old, 0, MAX_ID + 1) * 2, fetch=True)[0][0]
+            run(RENAME_READY, (new, old))
+            run(RENAME_HELD, (new, old))
+            return count
+
+        return self.transact(rename)
+
+    def delete_all(self) -> int:
+        """Remove all messages of all queues; return how many."""
+
+        def delete(run: Run) -> int:
+            count: int = run(SELECT_ALL_COUNT, fetch=True)[0][0]
+            run(RECORD_NEWEST)
+            run(DELETE_ALL)
+            return count
+
+        return self.transact(delete)
+
+    def waiter(self) -> Waiter:
+        """``with broker.waiter() as waiter:`` look and ``waiter.wait(seconds)`` in turn. No change between a
         look and the wait after it is missed; wait() returns False at its timeout."""
-        if self._closed or not self._prepared:
-            self._prepare()
-        return Alarm(self.attendant)
+        self._prepare()
+        return Waiter(self.runner.notifier)
 
     def wait_for_change(self, timeout: float | None = None) -> bool:
-        """Block until messages may have become deliverable: look again. It may be a false alarm.
+        """Block until messages may have become deliverable, a second at most: look again.
 
-        False after timeout seconds (None: no limit). A change before the call is not seen: see alarm().
+        False after timeout seconds. A change before the call is not seen: see waiter().
         """
-        with self.alarm() as alarm:
-            return alarm.wait(timeout)
+        with self.waiter() as waiter:
+            return waiter.wait(timeout)
 
     def status(self) -> dict[str, int]:
         """Numbers of the whole database: queues, messages (ready, leased, delayed), last id, bytes."""
         stats = list(self.queues().values())
         numbers = {"queues": len(stats), "messages": sum(each.total for each in stats)}
-        numbers.update((name, sum(getattr(each, name) for each in stats)) for name in Stats._fields)
+        numbers.update((name, sum(getattr(each, name) for each in stats)) for name in ("ready", "leased", "delayed"))
         numbers["last_ts"] = self.run(SELECT_LAST_ID)[0][0]
         numbers["bytes"] = self.run(SELECT_PAGES)[0][0] * self.run(SELECT_PAGE_SIZE)[0][0]
         return numbers
 
     def vacuum(self) -> None:
         """Give unused pages back to the file system. Writers wait meanwhile."""
-        self.run(VACUUM)
-        self.run(TRUNCATE_WAL)
+        self._prepare()
+        self.runner.vacuum()
 
     def delete_database(self) -> bool:
         """Delete the database file and what belongs to it. False if there is none; DatabaseError if it is
         not one of ours. Other processes that use it notice, and begin a new one with their next write."""
-        self.transaction()  # says so if it is closed
-        if not isinstance(self.runner, SQLiteRunner):
-            raise ValueError("a custom runner's database is not ours to delete")
-        return self.runner.delete_file()
+        if self._closed:
+            self._prepare()  # says so
+        return self.runner.delete()
 
     def dump(self, pattern: str | None = None) -> Iterator[str]:
         """Yield the messages as lines of JSON, a header first, all from one state of the database.
 
-        Queues sorted, ids ascending, what is held included. Writers go on meanwhile (with a custom
-        runner they wait).
+        Queues sorted, ids ascending, what is held included. A leased message has no token there: loaded, it
+        is delayed. Writers go on meanwhile (with a custom runner they may wait).
         """
         import json
 
-        self.transaction()  # says so if it is closed
-        with self.runner.snapshot() if isinstance(self.runner, SQLiteRunner) else self.transaction() as run:
-            last = run(SELECT_LAST_ID, fetch=True)[0][0]
-            header = {"type": "header", "format": DUMP_FORMAT, "version": DUMP_VERSION, "last_ts": str(last)}
-            yield json.dumps(header)
-            for queue, _, leased, delayed in run(SELECT_QUEUES, (-1,), fetch=True):
-                for row in _dump_rows(run, queue, bool(leased or delayed)) if matches(queue, pattern) else ():
-                    record = {"type": "message", "queue": queue, "body": row[1], "id": str(row[0])}
-                    more = zip(("attempt", "held_until"), (row[2] or None, *row[3:]))
-                    record.update((key, value) for key, value in more if value is not None)
+        self._prepare()
+        with self.runner.snapshot() as run:
+            header = {"type": "header", "format": DUMP_FORMAT, "version": DUMP_VERSION}
+            yield json.dumps({**header, "last_ts": shown_id(run(SELECT_LAST_ID, fetch=True)[0][0])})
+            for queue, *_ in run(SELECT_QUEUES, {"now": 0}, fetch=True):
+                for id, body, attempt, reason, held_until, _ in walk(run, queue) if matches(queue, pattern) else ():
+                    record = {"type": "message", "queue": queue, "body": body, "id": shown_id(id)}
+                    if held_until is not None:
+                        record["held_until"] = shown_id(held_until)
+                    record.update({key: value for key, value in (("attempt", attempt), ("reason", reason)) if value})
                     yield json.dumps(record, ensure_ascii=False)
 
     def load(self, lines: Iterable[str | bytes]) -> int:
@@ -2436,8 +2266,9 @@ class Broker:
         an IntegrityError; both name the line. Aliases (of the package on PyPI) are skipped with a warning.
         Other writers wait meanwhile.
         """
-        count, last = 0, None
-        with self.transaction() as run:
+
+        def load(run: Run) -> int:
+            count, last = 0, None
             for number, line in enumerate(lines, 1):
                 try:
                     record = _parse_dump_line(line, self.settings.max_message_size, header=last is None)
@@ -2453,7 +2284,14 @@ class Broker:
             if last is None:
                 raise UsageError("there is nothing to load, not even the header of a dump")
             run(RECORD_LAST_ID, (last,))
-        return count
+            return count
+
+        return self.transact(load)
+
+
+def shown_id(id: int) -> str:
+    """An id as it is printed everywhere: 19 digits."""
+    return f"{id:0{ID_DIGITS}d}"
 
 
 def matches(name: str, pattern: str | None) -> bool:
@@ -2465,35 +2303,48 @@ def matches(name: str, pattern: str | None) -> bool:
     return fnmatch.fnmatchcase(name, pattern)
 
 
-def pages(fetch: Callable[[int, int], list[Any]], low: int = 0) -> Iterator[Any]:
-    """Yield rows (id, body, ...) page by page: fetch(low, limit) returns those with ids above low.
+def next_batch_size(size: int, bodies: Sequence[str]) -> int:
+    """Double the batch, or halve it when it was heavy."""
+    return max(1, size // 2) if sum(map(len, bodies)) > BATCH_BYTES else min(MAX_BATCH, size * 2)
 
-    By id, not by offset: nothing is skipped while others remove rows. Pages begin small and grow while
-    they are light, so large bodies do not fill the memory.
+
+def walk(run: Run, queue: str, low: int = 0, high: int = MAX_ID + 1, due_by: int = 2**63 - 1) -> Iterator[Any]:
+    """Yield the rows of a queue with ids between two, ascending: what is ready, and what is held until a time.
+
+    By id, not by offset: nothing is skipped while others remove rows. The ids of held messages are read once, in
+    the order of their times, and sorted: to look for them in the order of ids would be a walk through other queues.
     """
+    from array import array
+    from heapq import merge
+
+    pages, last = [], (-(2**63), 0)
+    while rows := run(SELECT_HELD_IDS, (queue, *last, queue, last[0], due_by), fetch=True):
+        last = rows[-1]
+        pages.append(array("q", sorted(id for _, id in rows if low < id < high)))
+    position = low
+    for row in merge(_walk_ready(run, queue, low, high), _walk_ids(run, queue, merge(*pages)), key=lambda row: row[0]):
+        if row[0] > position:  # one that became ready meanwhile comes twice
+            position = row[0]
+            yield row
+
+
+def _walk_ready(run: Run, queue: str, low: int, high: int) -> Iterator[Any]:
+    """Page by page; pages begin small and grow while they are light, so large bodies do not fill the memory."""
     limit = 4
     while True:
-        rows = fetch(low, limit)
+        rows = run(SELECT_PAGE, (queue, low, high, limit), fetch=True)
         yield from rows
         if len(rows) < limit:
             return
         low, limit = rows[-1][0], next_batch_size(limit, [row[1] for row in rows])
 
 
-def next_batch_size(size: int, bodies: Sequence[str]) -> int:
-    """Double the batch, or halve it when it was heavy."""
-    return max(1, size // 2) if sum(map(len, bodies)) > BATCH_BYTES else min(MAX_BATCH, size * 2)
-
-
-def _dump_rows(run: Run, queue: str, held: bool) -> Iterator[Any]:
-    """(id, body, attempt[, held_until]) of all messages of a queue."""
-
-    def fetch(low: int, limit: int) -> list[Any]:
-        if held:  # held messages have to be found between the ready ones: go through the table
-            return run(SELECT_ANY, (queue, low, MAX_ID, limit), fetch=True)
-        return [row[:3] for row in run(SELECT_READY, (queue, low, MAX_ID, limit, 0), fetch=True)]
-
-    return pages(fetch)
+def _walk_ids(run: Run, queue: str, ids: Iterator[int]) -> Iterator[Any]:
+    limit = 4
+    while page := [id for _, id in zip(range(limit), ids)]:
+        rows = run(SELECT_BY_IDS, (*page, *page[:1] * (IDS_AT_ONCE - len(page)), queue), fetch=True)
+        yield from rows
+        limit = min(IDS_AT_ONCE, next_batch_size(limit, [row[1] for row in rows]))
 
 
 def _parse_dump_line(line: str | bytes, max_bytes: int, *, header: bool) -> tuple[Any, ...] | int | None:
@@ -2507,27 +2358,28 @@ def _parse_dump_line(line: str | bytes, max_bytes: int, *, header: bool) -> tupl
     if kind == "header":
         if (record.get("format"), record.get("version")) != (DUMP_FORMAT, DUMP_VERSION):
             raise ValueError(f"not a {DUMP_FORMAT} of version {DUMP_VERSION}")
-        return _dumped_number(record.get("last_ts", 0), "last_ts")
+        return _dumped_number(record.get("last_ts", 0), "last_ts", high=LAST_LOADED_ID)
     if kind == "alias":
-        log_warning("alias %r: aliases are not supported, skipped", record.get("alias"))
+        log_warning("alias %s: aliases are not supported, skipped", shown(record.get("alias")))
         return None
     if kind != "message":
-        raise ValueError(f"unknown type {kind!r}")
+        raise ValueError(f"unknown type {shown(kind)}")
     held = record.get("held_until")
     return (
-        _dumped_number(record.get("id"), "id", low=1),
+        _dumped_number(record.get("id"), "id", 1, LAST_LOADED_ID),
         check_queue_name(record.get("queue")),
         check_body(record.get("body"), max_bytes),
         None if held is None else _dumped_number(held, "held_until"),
         _dumped_number(record.get("attempt", 0), "attempt"),
+        check_reason(record.get("reason")),
     )
 
 
-def _dumped_number(value: object, name: str, low: int = 0) -> int:
+def _dumped_number(value: object, name: str, low: int = 0, high: int = 2**63 - 1) -> int:
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= ID_DIGITS:
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < MAX_ID:
-        raise ValueError(f"{name} {value!r} is not a whole number in the range of ids")
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} {shown(value)} is not a whole number from {low} to {high}")
     return value
 
 
@@ -2539,8 +2391,8 @@ def _dumped_number(value: object, name: str, low: int = 0) -> int:
 class Queue:
     """One queue of messages.
 
-    ``db_path`` is a file; None means the default place. ``runner`` or ``broker`` replace it and stay the
-    caller's. Queues of one process on the same file share a connection; all methods may be called from
+    ``db_path`` is a file or a URL; None means the default place. ``runner`` or ``broker`` replace it and stay
+    the caller's. Queues of one process on the same file share a connection; all methods may be called from
     any thread. Everything that writes blocks up to BROKER_BUSY_TIMEOUT, then raises OperationalError.
 
     Filters, wherever they are offered: ``message_id`` takes that message only; ``after`` and ``before``
@@ -2564,7 +2416,12 @@ class Queue:
         self._owns_broker = broker is None
 
     def __repr__(self) -> str:
-        return f"Queue({self.name!r})"
+        return f"Queue({self.name!r}, {self.broker!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:  # for processes that are spawned
+        if not self.broker.path:
+            raise TypeError("only a queue on a path can be pickled, not one with a custom runner")
+        return _queue_on_path, (self.name, self.broker.path, self.broker.settings)
 
     def __enter__(self) -> Queue:
         return self
@@ -2580,15 +2437,7 @@ class Queue:
         ``delay`` in seconds, or ``until`` an aware datetime or nanoseconds since 1970: held back until
         then, and then in its old place in the order. MessageError if the body is too large or not text.
         """
-        broker = self.broker
-        text = check_body(body, broker.settings.max_message_size)
-        held_until = None if delay is None and until is None else self._held_until(delay, until)
-        id = broker.ids.now()
-        try:
-            broker.run(INSERT_MESSAGE, (id, self.name, text, held_until))
-        except sqlite3.IntegrityError:  # others write, or the clock is behind the last id
-            id = broker.together(lambda run: broker.insert(run, self.name, [text], held_until))[0]
-        return id
+        return self._insert([check_body(body, self.broker.settings.max_message_size)], due_time(delay, until))[0]
 
     def write_many(
         self, bodies: Iterable[str], *, delay: float | None = None, until: datetime | int | None = None
@@ -2597,10 +2446,17 @@ class Queue:
         if isinstance(bodies, (str, bytes)):
             raise TypeError("bodies is an iterable of str: a single body goes to write()")
         texts = [check_body(body, self.broker.settings.max_message_size) for body in bodies]
-        held_until = self._held_until(delay, until)
-        if not texts:
-            return []
-        return self.broker.together(lambda run: self.broker.insert(run, self.name, texts, held_until))
+        held_until = due_time(delay, until)
+        return self._insert(texts, held_until) if texts else []
+
+    def _insert(self, bodies: list[str], held_until: Callable[[int], int | None]) -> list[int]:
+        broker = self.broker
+
+        def insert(run: Run) -> list[int]:
+            now = broker.clock()
+            return broker.runner.insert(self.name, bodies, held_until(now), now)
+
+        return broker.transact(insert)
 
     # -- read: at most once
 
@@ -2625,20 +2481,50 @@ class Queue:
         """Iterate over the ready messages; each is removed when the loop asks for the next (at least once).
 
         A message whose turn does not end, because the loop was left or the process died, is given back.
-        Leases last ``lease`` seconds and are renewed in the background while the loop runs.
+        Leases last ``lease`` seconds and are extended in the background while the loop runs.
         """
         low, high = id_range(None, after, before)
-        with LeaseKeeper(self, lease) as keeper:
-            batch = keeper.take(None, low, high)
-            while batch:
+        with LeasesInFlight(self, lease) as leases:
+            while batch := leases.take(None, low, high):
                 for message in batch:
                     try:
                         yield message
                     except BaseException:  # the loop was left: this message was seen, the rest of the batch not
-                        keeper.release(message)
+                        leases.release(message)
                         raise
-                    keeper.acknowledge(message)
-                batch = keeper.take(None, low, high)
+                    leases.ack(message)
+
+    def _take(self, low: int, high: int, limit: int) -> list[Message]:
+        """Remove and return the first ready messages between two ids."""
+
+        def take(run: Run) -> list[Message]:
+            rows = self._select_ready(run, low, high, limit)
+            if rows:
+                last = rows[-1][0]
+                if last == rows[-1][4]:
+                    run(RECORD_NEWEST)
+                if len(rows) == 1:
+                    run(DELETE_MESSAGE, (last,))
+                else:
+                    run(DELETE_READY, (self.name, low, last + 1))
+            return [Message(body, id, self.name, attempt, None, reason) for id, body, attempt, reason, *_ in rows]
+
+        try:
+            return self.broker.transact(take)
+        except NotSynced as error:  # they are removed, and nobody else has them
+            log_warning("read, but %s", error)
+            messages: list[Message] = error.result
+            return messages
+
+    def _select_ready(self, run: Run, low: int, high: int, limit: int) -> list[Any]:
+        """The first ready rows between two ids, after what is due became ready."""
+        now = self.broker.clock()
+        select = (self.name, now, self.name, low, high, limit)
+        rows: list[Any] = run(SELECT_READY, select, fetch=True)
+        if not rows or rows[0][5]:
+            run(PROMOTE_DUE, (self.name, now, low, high, max(limit, MAX_PROMOTED)))
+            rows = run(SELECT_READY, select, fetch=True)
+        return rows
 
     # -- peek: removes nothing
 
@@ -2646,46 +2532,77 @@ class Queue:
         """Return the first ready message, or None; nothing is removed. By id, held ones are seen too."""
         low, high = id_range(message_id, after, before)
         if message_id is None:
-            found = self._peek(low, high, 1)
-        else:
-            found = self.broker.run(SELECT_ANY, (self.name, low, high, 1))
-        return self._message(found[0]) if found else None
+            return next(iter(self._peek(low, high, 1)), None)
+        return next(map(self._message, self.broker.run(SELECT_ANY, (self.name, low, high))), None)
 
-    def peek_many(self, limit: int, *, after: Id = None, before: Id = None) -> list[Message]:
-        """Return up to ``limit`` ready messages, the oldest first; nothing is removed."""
-        return [self._message(row) for row in self._peek(*id_range(None, after, before), check_limit(limit))]
+    def peek_many(self, limit: int, *, after: Id = None, before: Id = None, held: bool = False) -> list[Message]:
+        """Return up to ``limit`` ready messages, the oldest first; nothing is removed.
 
-    def peek_all(self, *, after: Id = None, before: Id = None) -> Iterator[Message]:
-        """Iterate over the ready messages. It goes on by id: none is skipped while others are removed."""
+        ``held``: leased and delayed ones too, by id; see Message.state, due, attempt and reason.
+        """
         low, high = id_range(None, after, before)
-        for row in pages(lambda above, limit: self._peek(above, high, limit), low):
-            yield self._message(row)
+        limit = check_limit(limit)
+        if held:
+            return [message for _, message in zip(range(limit), self.peek_all(after=low, before=high, held=True))]
+        return self._peek(low, high, limit)
+
+    def peek_all(self, *, after: Id = None, before: Id = None, held: bool = False) -> Iterator[Message]:
+        """Iterate over the ready messages, by id: none is skipped while others are removed. ``held`` as above."""
+        low, high = id_range(None, after, before)
+        return map(self._message, walk(self._run, self.name, low, high, 2**63 - 1 if held else self.broker.clock()))
+
+    def _peek(self, low: int, high: int, limit: int) -> list[Message]:
+        ready, due = (self.name, low, high, limit), (self.name, self.broker.clock(), low, high)
+        rows = self.broker.run(SELECT_PEEK, (*ready, *due, max(limit, MAX_PROMOTED), limit))
+        return [self._message(row) for row in rows]
+
+    def _message(self, row: Sequence[Any]) -> Message:
+        id, body, attempt, reason, held_until, leased = row
+        state = "ready"
+        if held_until is not None and held_until > self.broker.clock():
+            state = "leased" if leased else "delayed"
+        return Message(body, id, self.name, attempt, None, reason, None if state == "ready" else held_until, state)
+
+    def _run(self, sql: str, params: Any = (), *, fetch: bool = True) -> list[Any]:
+        return self.broker.run(sql, params)
 
     def has_pending(self, *, message_id: Id = None, after: Id = None, before: Id = None) -> bool:
         """Is a message ready? (With a lower bound: a newer one than that?)"""
-        low, high = id_range(message_id, after, before)
-        return bool(self.broker.run(SELECT_PENDING, (self.name, low, high, self.broker.clock()))[0][0])
+        return self.look(*id_range(message_id, after, before))[0]
 
-    def wait_until_pending(self, seconds: float, low: int = 0, high: int = MAX_ID) -> bool:
+    def look(self, low: int = 0, high: int = MAX_ID + 1) -> tuple[bool, float]:
+        """Is a message between two ids ready? And in how many seconds, at most, is it time to look again?"""
+        name, now = self.name, self.broker.clock()
+        pending, due = self.broker.run(SELECT_PENDING, (name, low, high, name, now, low, high, name, now))[0]
+        pause = MAX_SLEEP_S if due is None else max(MIN_SLEEP_S, min(MAX_SLEEP_S, (due - now) / NS))
+        return bool(pending), pause
+
+    def wait_until_pending(self, seconds: float, low: int = 0, high: int = MAX_ID + 1) -> bool:
         """Block until a message between two ids is ready; False after that many seconds (math.inf: never)."""
         deadline = time.monotonic() + seconds
-        if self.has_pending(after=low, before=high):
+        if self.look(low, high)[0]:
             return True
-        with self.broker.alarm() as alarm:
-            while not self.has_pending(after=low, before=high):
-                if time.monotonic() >= deadline:
-                    return False
-                alarm.wait(deadline - time.monotonic())
-        return True
+        with self.broker.waiter() as waiter:
+            while True:
+                pending, pause = self.look(low, high)
+                left = deadline - time.monotonic()
+                if pending or left <= 0:
+                    return pending
+                waiter.wait(min(pause, left))
+
+    def is_drained(self, low: int = 0) -> bool:
+        """Is no message above an id ready, leased or waiting for its next attempt?"""
+        values = (self.name, low, self.name, low, self.broker.clock())
+        return bool(self.broker.run(SELECT_DRAINED, values)[0][0])
 
     def count(self) -> int:
         """How many messages are ready (approximate while others write)."""
-        count: int = self.broker.run(SELECT_COUNT, (self.name, self.broker.clock()))[0][0]
+        count: int = self.broker.run(SELECT_COUNT, (self.name, self.name, self.broker.clock()))[0][0]
         return count
 
     def stats(self) -> Stats:
-        """How many messages are ready, leased and delayed (approximate while others write)."""
-        return Stats(*self.broker.run(SELECT_STATS, (self.name, self.broker.clock()))[0])
+        """How many messages are ready, leased and delayed, and the oldest ready (approximate while others write)."""
+        return Stats(*self.broker.run(SELECT_STATS, {"queue": self.name, "now": self.broker.clock()})[0])
 
     # -- lease, then acknowledge, extend, release or dead-letter: at least once
 
@@ -2702,51 +2619,82 @@ class Queue:
         lease_ns = to_ns(seconds, "lease")
         return self._first(lambda: self.lease_many(lease_ns, low, high, 1), low, high, wait)
 
+    def lease_many(self, lease_ns: int, low: int, high: int, limit: int) -> list[Message]:
+        """Lease the first ready messages between two ids; LeasesInFlight.take() also keeps the leases alive.
+
+        One that was leased before is leased alone: if it kills its consumers, the others of the batch
+        must not use up their attempts with it.
+        """
+
+        def take(run: Run) -> list[Message]:
+            rows = self._select_ready(run, low, high, limit)
+            fresh = next((n for n, row in enumerate(rows) if row[2]), len(rows))
+            rows = rows[: max(1, fresh)]
+            until, token = self.broker.clock() + lease_ns, int.from_bytes(os.urandom(8), "big") >> 1
+            if rows:
+                run(LEASE_READY, (until, token, self.name, low, rows[-1][0] + 1))
+            return [
+                Message(body, id, self.name, attempt + 1, token, reason, until, "leased")
+                for id, body, attempt, reason, *_ in rows
+            ]
+
+        return self.broker.transact(take, durable=False)
+
     def ack(self, message: Message) -> None:
         """Acknowledge: remove a message that you leased. LeaseLost if someone else has it now.
 
         A lease that ended is still yours while nobody took the message.
         """
-        self.broker.together(lambda run: self.ack_in(run, message))
-
-    def ack_in(self, run: Run, message: Message) -> None:
-        """ack() in the caller's transaction."""
-        if self._check_lease(run, message):
-            run(RECORD_NEWEST)
-        run(DELETE_MESSAGE, (message.id,))
+        self._change_leased(message, DELETE_MESSAGE, lambda now: (message.id,))
 
     def extend(self, message: Message, seconds: float = DEFAULT_LEASE_S) -> None:
         """Let the lease end that many seconds from now. LeaseLost if someone else has the message."""
-        until = self.broker.clock() + to_ns(seconds, "lease")
+        lease_ns = to_ns(seconds, "lease")
+        self._change_leased(
+            message, EXTEND_LEASE, lambda now: (now + lease_ns, message.id, message.lease), durable=False
+        )
 
-        def renew(run: Run) -> None:
-            self._check_lease(run, message)
-            run(RENEW_LEASE, (message.id, self.name, message.attempt, until))
+    def release(self, message: Message, *, delay: float | None = None, reason: str | None = None) -> None:
+        """Give a leased message back: ready at once, or after ``delay`` seconds. LeaseLost as in ack().
 
-        self.broker.together(renew, durable=False)
+        The attempt counts. ``reason`` says why it failed; None keeps that of the attempt before.
+        """
+        held_until, why = due_time(delay, None), check_reason(reason)
+        self._change_leased(
+            message, RELEASE_MESSAGE, lambda now: (held_until(now), why, message.id), durable=False
+        )
 
-    def release(self, message: Message, *, delay: float | None = None) -> None:
-        """Give a leased message back: ready at once, or after ``delay`` seconds. LeaseLost as in ack()."""
-        until = self._held_until(delay, None)
-
-        def give_back(run: Run) -> None:
-            self._check_lease(run, message)
-            run(RELEASE_MESSAGE, (message.id, until))
-
-        self.broker.together(give_back, durable=False)
-
-    def dead_letter(self, message: Message, dest: str | None = None) -> None:
+    def dead_letter(self, message: Message, dest: str | None = None, *, reason: str | None = None) -> None:
         """Move a leased message to another queue, by default QUEUE.dead. LeaseLost as in ack().
 
-        It keeps its id, is ready there, and its attempts count from 0.
+        It keeps its id, is ready there, and its attempts count from 0. ``reason`` as in release().
         """
-        target = check_queue_name(dest if dest is not None else self.name + ".dead")
+        self.move_leased(message, self.check_dead_letter(dest), check_reason(reason))
 
-        def move(run: Run) -> None:
-            self._check_lease(run, message)
-            run(MOVE_MESSAGE, (message.id, target))
+    def move_leased(self, message: Message, dest: str, reason: str | None = "") -> None:
+        """Move a leased message to another queue, as a stage of a pipeline does. It forgets its reason, or gets one."""
+        self._change_leased(message, MOVE_LEASED, lambda now: (dest, reason, message.id))
 
-        self.broker.together(move)
+    def check_dead_letter(self, name: str | None) -> str:
+        """The name of the dead-letter queue that is meant, which must not be this queue."""
+        if name == self.name:
+            raise ValueError(f"a queue cannot be its own dead-letter queue: {name!r}")
+        return check_queue_name(name if name is not None else self.name + ".dead")
+
+    def _change_leased(
+        self, message: Message, sql: str, values: Callable[[int], tuple[Any, ...]], *, durable: bool = True
+    ) -> None:
+        """Run a statement on a message whose lease the caller has; its values are made from the time now."""
+        if not isinstance(message, Message):
+            raise TypeError(f"give the Message that lease() returned, not {type(message).__name__}")
+        if message.lease is None:
+            raise ValueError(f"message {message.id} was not leased by you: use lease(), not read() or peek()")
+
+        def change(run: Run) -> None:
+            check_lease(run, message, removes=sql == DELETE_MESSAGE)
+            run(sql, values(self.broker.clock()))
+
+        self.broker.transact(change, durable)
 
     # -- move and delete
 
@@ -2754,10 +2702,9 @@ class Queue:
         """Move the first ready message to another queue and return it; None if there is none.
 
         It keeps its id, so it takes the place among the others there that its age gives it. Its attempts
-        count from 0 again.
+        count from 0 again, and its reason is forgotten.
         """
-        moved = self._move(dest, *id_range(message_id, after, before), 1)
-        return moved[0] if moved else None
+        return next(iter(self._move(dest, *id_range(message_id, after, before), 1)), None)
 
     def move_many(self, dest: str, limit: int, *, after: Id = None, before: Id = None) -> list[Message]:
         """Move up to ``limit`` ready messages in one transaction and return them."""
@@ -2765,40 +2712,70 @@ class Queue:
 
     def move_all(self, dest: str, *, after: Id = None, before: Id = None) -> int:
         """Move all ready messages, in transactions of limited size; return how many."""
-        return sum(len(batch) for batch in self.move_batches(dest, *id_range(None, after, before)))
+        return sum(map(len, self.move_batches(dest, *id_range(None, after, before))))
 
-    def move_batches(self, dest: str, low: int = 0, high: int = MAX_ID) -> Iterator[list[Message]]:
-        """Move what is ready between two ids, one transaction for each batch, and yield the batches."""
+    def move_batches(self, dest: str, low: int = 0, high: int = MAX_ID + 1) -> Iterator[list[Message]]:
+        """Move what is ready between two ids, one transaction for each batch, and yield the batches.
+
+        Each message moves once, also if someone moves it back meanwhile.
+        """
         size = 4
-        while True:
-            batch = self._move(dest, low, high, size)
-            if batch:
-                yield batch
-            if len(batch) < size:
-                return
-            size = next_batch_size(size, batch)
+        while batch := self._move(dest, low, high, size):
+            yield batch
+            low, size = batch[-1].id, next_batch_size(size, batch)
 
-    def delete(self, *, message_id: Id = None) -> int:
-        """Remove one message, or all of the queue, held ones too; return how many were removed."""
-        wanted = None if message_id is None else check_id(message_id)
-        with self.broker.transaction() as run:
+    def requeue(
+        self, from_: str | None = None, limit: int | None = None, *, message_id: Id = None, after: Id = None,
+        before: Id = None,
+    ) -> int:  # fmt: skip
+        """Move ready messages from the dead-letter queue back to this one; return how many.
+
+        ``from_`` is its name, None for QUEUE.dead; all of it is taken, also what other queues left there. Ids
+        stay, attempts count from 0. ``limit`` None: all, in transactions of limited size.
+        """
+        source = self.broker.queue(self.check_dead_letter(from_))
+        low, high = id_range(message_id, after, before)
+        if limit is not None:
+            return len(source._move(self.name, low, high, check_limit(limit)))
+        return sum(map(len, source.move_batches(self.name, low, high)))
+
+    def _move(self, dest: str, low: int, high: int, limit: int) -> list[Message]:
+        if check_queue_name(dest) == self.name:
+            raise ValueError(f"source and destination are the same queue, {dest!r}")
+
+        def move(run: Run) -> list[Message]:
+            rows = self._select_ready(run, low, high, limit)
+            if rows:
+                run(MOVE_READY, (dest, self.name, low, rows[-1][0] + 1))
+            return [Message(row[1], row[0], dest) for row in rows]
+
+        return self.broker.transact(move)
+
+    def delete(self, *, message_id: Id = None, after: Id = None, before: Id = None) -> int:
+        """Remove one message, those between two ids, or all of the queue; return how many were removed.
+
+        Held ones too: who has leased one of them gets LeaseLost.
+        """
+        low, high = id_range(message_id, after, before)
+
+        def delete(run: Run) -> int:
             run(RECORD_NEWEST)
-            if wanted is not None:
-                found = run(SELECT_MESSAGE, (wanted, self.name), fetch=True)
-                if found:
-                    run(DELETE_MESSAGE, (wanted,))
+            if message_id is not None:
+                found = run(SELECT_ANY, (self.name, low, high), fetch=True)
+                for row in found:
+                    run(DELETE_MESSAGE, (row[0],))
                 return len(found)
-            count = self.stats().total
-            run(DELETE_READY, (self.name, 0, MAX_ID))
-            run(DELETE_HELD, (self.name,))
+            count: int = run(SELECT_STORED, (self.name, low, high) * 2, fetch=True)[0][0]
+            run(DELETE_READY, (self.name, low, high))
+            run(DELETE_HELD, (self.name, low, high))
             return count
+
+        return self.broker.transact(delete)
 
     def close(self) -> None:
         """Close the queue; the connection is closed with its last user. Closing twice is allowed."""
         if self._owns_broker:
             self.broker.close()
-
-    # -- the transactions that several methods share
 
     def _first(self, take: Callable[[], list[Message]], low: int, high: int, wait: float | None) -> Message | None:
         """The first message that take() finds, before the wait is over."""
@@ -2811,136 +2788,67 @@ class Queue:
                 return found[0] if found else None
         return None
 
-    def _take(self, low: int, high: int, limit: int) -> list[Message]:
-        """Remove and return the first ready messages between two ids."""
-        return self.broker.together(lambda run: self._take_in(run, low, high, limit))
 
-    def _take_in(self, run: Run, low: int, high: int, limit: int) -> list[Message]:
-        rows = self._select_ready(run, low, high, limit)
-        if rows:
-            last = rows[-1][0]
-            if last == rows[-1][3]:
-                run(RECORD_NEWEST)
-            if len(rows) == 1:
-                run(DELETE_MESSAGE, (last,))
-            else:
-                run(DELETE_READY, (self.name, low, last + 1))
-        return [Message(row[1], row[0], self.name, row[2]) for row in rows]
-
-    def lease_many(self, lease_ns: int, low: int, high: int, limit: int) -> list[Message]:
-        """Lease the first ready messages between two ids; LeaseKeeper.take() also keeps the leases alive.
-
-        One that was leased before is leased alone: if it kills its consumers, the others of the batch
-        must not use up their attempts with it.
-        """
-        until = self.broker.clock() + lease_ns
-
-        def take(run: Run) -> list[Message]:
-            rows = self._select_ready(run, low, high, limit)
-            fresh = next((n for n, row in enumerate(rows) if row[2]), len(rows))
-            rows = rows[: max(1, fresh)]
-            if rows:
-                run(LEASE_READY, (self.name, low, rows[-1][0] + 1, until))
-            return [Message(row[1], row[0], self.name, row[2] + 1) for row in rows]
-
-        return self.broker.together(take, durable=False)
-
-    def _move(self, dest: str, low: int, high: int, limit: int) -> list[Message]:
-        if check_queue_name(dest) == self.name:
-            raise ValueError(f"source and destination are the same queue, {dest!r}")
-
-        def move(run: Run) -> list[Message]:
-            rows = self._select_ready(run, low, high, limit)
-            if rows:
-                run(MOVE_READY, (self.name, low, rows[-1][0] + 1, dest))
-            return [Message(row[1], row[0], dest) for row in rows]
-
-        return self.broker.together(move)
-
-    def _select_ready(self, run: Run, low: int, high: int, limit: int) -> list[Any]:
-        """The first ready rows between two ids, after what is due became ready."""
-        now = self.broker.clock()
-        rows: list[Any] = run(SELECT_READY, (self.name, low, high, limit, now), fetch=True)
-        if not rows or rows[0][4]:
-            run(PROMOTE_DUE, (now,))
-            rows = run(SELECT_READY, (self.name, low, high, limit, now), fetch=True)
-        return rows
-
-    def _peek(self, low: int, high: int, limit: int) -> list[Any]:
-        return self.broker.run(SELECT_PEEK, (self.name, low, high, limit, self.broker.clock()))
-
-    def _message(self, row: Sequence[Any]) -> Message:
-        return Message(row[1], row[0], self.name, row[2])
-
-    def _check_lease(self, run: Run, message: Message) -> bool:
-        """LeaseLost unless the message is where its holder left it. True if its id is the highest of all."""
-        if not isinstance(message, Message):
-            raise TypeError(f"give the Message that lease() returned, not {type(message).__name__}")
-        if message.attempt == GIVEN_BACK:
-            raise LeaseLost(f"message {message.id} was given back")
-        if message.attempt < 1:
-            raise ValueError(f"message {message.id} was not leased: use lease(), not read() or peek()")
-        found = run(SELECT_MESSAGE, (message.id, self.name), fetch=True)
-        if not found:
-            raise LeaseLost(f"message {message.id} is not in {self.name!r} now: it was acknowledged, moved or deleted")
-        attempt, newest = found[0]
-        if attempt != message.attempt:
-            raise LeaseLost(f"the lease {message.id}.{message.attempt} ended: attempt {attempt} has the message now")
-        return bool(newest == message.id)
-
-    def _held_until(self, delay: float | None, until: datetime | int | None) -> int | None:
-        """When a message becomes ready, from a delay or a time; None: at once."""
-        if delay is not None and until is not None:
-            raise ValueError("give delay or until, not both")
-        now = self.broker.clock()
-        if delay is not None:
-            return now + to_ns(delay) if delay else None
-        due = 0 if until is None else check_id(until, "until") if isinstance(until, int) else datetime_to_ns(until)
-        return due if due > now else None
+def _queue_on_path(name: str, path: str, settings: Settings) -> Queue:
+    return Queue(name, path, settings=settings)
 
 
-class LeaseKeeper(Chore):
-    """The leases of one consumer: taken in batches, renewed in the background, given back at the end.
+def check_lease(run: Run, message: Message, *, removes: bool) -> None:
+    """LeaseLost unless the lease is the last that was given. ``removes``: the message is removed next."""
+    found = run(SELECT_LEASE, (message.id,), fetch=True)
+    if not found:
+        raise LeaseLost(f"message {message.id} is gone: it was acknowledged, read or deleted")
+    token, newest = found[0]
+    if token is None or token != message.lease:
+        raise LeaseLost(f"the lease of message {message.id} is lost: it was given back, moved, or leased by another")
+    if removes and newest == message.id:
+        run(RECORD_NEWEST)
 
-    ``with LeaseKeeper(queue, lease_s) as keeper:`` take() messages, and acknowledge() each.
-    ``lazy``: renew only after keep_alive(), for those who are mostly done before a thread could start.
+
+class LeasesInFlight:
+    """The leases of one consumer: taken in batches, extended in the background, given back at the end.
+
+    ``with LeasesInFlight(queue, seconds) as leases:`` take() messages, and ack() each. ``lazy``: extend only after
+    keep_alive(), for those who are mostly done before a thread could start.
     """
 
-    def __init__(self, queue: Queue, lease_s: float = DEFAULT_LEASE_S, *, lazy: bool = False) -> None:
-        self._lease_ns = to_ns(lease_s, "lease")
+    def __init__(self, queue: Queue, seconds: float = DEFAULT_LEASE_S, *, lazy: bool = False) -> None:
+        self._lease_ns = to_ns(seconds, "lease")
         if not self._lease_ns:
             raise ValueError("a lease must be longer than 0 seconds")
-        self.period_s, self.next_at = lease_s / 3, 0.0
-        self._queue, self._lazy, self._pid = queue, lazy, os.getpid()
-        # Guards _open: what is leased and not settled yet. Taken inside the runner's mutex, never around it.
+        self._period_s, self._lazy = seconds / 3, lazy
+        self.next_at = float("inf")  # monotonic time of the next extension; see Notifier
+        self._queue, self._pid = queue, os.getpid()
+        # Guards _messages: what is leased and not done. Held only to change or copy it, by anyone.
         self._guard = threading.Lock()
-        self._open: dict[int, Message] = {}
+        self._messages: dict[int, Message] = {}
         self._size, self._taken_at = 1, 0.0
         self._last: list[Message] = []
 
-    def __enter__(self) -> LeaseKeeper:
+    def __enter__(self) -> LeasesInFlight:
         if not self._lazy:
             self.keep_alive()
         return self
 
-    def keep_alive(self) -> None:
-        """Renew the leases in the background from now on."""
-        if not self.next_at:
-            self.next_at = time.monotonic() + self.period_s
-            self._queue.broker.attendant.add(self)
-
     def __exit__(self, *_: object) -> None:
-        self._queue.broker.attendant.remove(self)
-        self.give_back()
+        self._queue.broker.runner.notifier.remove(self)
+        self.nack()
 
-    def take(self, limit: int | None = None, low: int = 0, high: int = MAX_ID) -> list[Message]:
+    def keep_alive(self) -> None:
+        """Extend the leases in the background from now on."""
+        if self.next_at == float("inf"):
+            self.next_at = time.monotonic() + self._period_s
+            self._queue.broker.runner.notifier.add(self)
+
+    def take(self, limit: int | None = None, low: int = 0, high: int = MAX_ID + 1) -> list[Message]:
         """Lease up to ``limit`` messages between two ids; None: few while they are worked on slowly, more
         while fast. Looks without the writer lock first."""
-        if not self._queue.has_pending(after=low, before=high):
+        if not self._queue.look(low, high)[0]:
             return []
+        self._pid = os.getpid()  # a forked child leaves the leases to its parent
         self._last = self._queue.lease_many(self._lease_ns, low, high, limit or self._adapted_size())
         with self._guard:
-            self._open.update((message.id, message) for message in self._last)
+            self._messages.update((message.id, message) for message in self._last)
         return self._last
 
     def _adapted_size(self) -> int:
@@ -2952,60 +2860,72 @@ class LeaseKeeper(Chore):
         self._taken_at = now
         return self._size
 
-    def settle(self, message: Message) -> None:
-        """Renew it no longer: the owner acknowledges, releases or moves it now."""
+    def done(self, message: Message) -> None:
+        """Extend it no longer: the owner acknowledges, releases or moves it now."""
         with self._guard:
-            self._open.pop(message.id, None)
+            self._messages.pop(message.id, None)
 
-    def acknowledge(self, *messages: Message) -> None:
+    def ack(self, *messages: Message) -> None:
         """Acknowledge, in one transaction. Lost leases are logged: someone else has those messages."""
         for message in messages:
-            self.settle(message)
-        for error in self._queue.broker.together(lambda run: self._acknowledge_in(run, messages)):
+            self.done(message)
+
+        def ack(run: Run) -> list[LeaseLost]:
+            lost = []
+            for message in messages:
+                try:
+                    check_lease(run, message, removes=True)
+                    run(DELETE_MESSAGE, (message.id,))
+                except LeaseLost as error:
+                    lost.append(error)
+            return lost
+
+        for error in self._queue.broker.transact(ack) if messages else ():
             log_warning("queue %s: handled, but %s", self._queue.name, error)
 
-    def _acknowledge_in(self, run: Run, messages: Sequence[Message]) -> list[LeaseLost]:
-        lost = []
-        for message in messages:
-            try:
-                self._queue.ack_in(run, message)
-            except LeaseLost as error:
-                lost.append(error)
-        return lost
-
-    def release(self, message: Message, *, delay: float | None = None) -> None:
+    def release(self, message: Message, *, delay: float | None = None, reason: str | None = None) -> None:
         """Give one back, as Queue.release(); a lost lease is logged."""
-        self.settle(message)
+        if self._pid != os.getpid():
+            return
+        self.done(message)
         try:
-            if os.getpid() == self._pid:  # a forked child leaves the leases to its parent
-                self._queue.release(message, delay=delay)
+            self._queue.release(message, delay=delay, reason=reason)
         except LeaseLost as error:
             log_warning("queue %s: %s", self._queue.name, error)
 
-    def give_back(self) -> None:
-        """Give back what was taken and not settled, at once, as if it had not been leased."""
+    def nack(self) -> None:
+        """Give back what was taken and is not done, at once, as if it had not been leased."""
+        if self._pid != os.getpid():
+            return
         with self._guard:
-            left, self._open = self._open, {}
-        if left and os.getpid() == self._pid:
-            with self._queue.broker.relaxed_transaction() as run:
-                for message in left.values():
-                    run(UNLEASE_MESSAGE, (message.id, message.queue, message.attempt))
-                    message.attempt = GIVEN_BACK  # the number is given out again: nobody may come with it twice
+            left, self._messages = self._messages, {}
+
+        def undo(run: Run) -> None:
+            for message in left.values():
+                run(UNDO_LEASE, (message.id, message.lease))
+
+        if left:
+            self._queue.broker.transact(undo, durable=False)
 
     def forget(self) -> None:
         """Let the leases end by themselves."""
         with self._guard:
-            self._open.clear()
+            self._messages.clear()
 
     def run(self) -> None:
-        """Renew what is open, in one transaction. The attendant calls this."""
-        if self._open:
-            # The guard inside the transaction: its owner may settle messages in a transaction of its own, and what
-            # is settled before must not be renewed after it.
-            with self._queue.broker.relaxed_transaction() as run, self._guard:
-                until = self._queue.broker.clock() + self._lease_ns
-                for message in self._open.values():
-                    run(RENEW_LEASE, (message.id, message.queue, message.attempt, until))
+        """Extend what is in flight, in one transaction. The notifier calls this."""
+        with self._guard:
+            messages = list(self._messages.values())
+
+        def extend(run: Run) -> None:
+            until = self._queue.broker.clock() + self._lease_ns
+            for message in messages:
+                run(EXTEND_LEASE, (until, message.id, message.lease))
+
+        self.next_at = time.monotonic() + min(self._period_s, SLICE_S)  # tried again soon if it fails
+        if messages:
+            self._queue.broker.transact(extend, durable=False)
+        self.next_at = time.monotonic() + self._period_s
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3020,7 +2940,10 @@ def json_line(message: Message, **more: object) -> str:
     """A message as one line of JSON. The id is a string: jq 1.6 and JavaScript round integers of its size."""
     import json
 
-    return json.dumps({"message": str(message), "timestamp": str(message.id), **more}, ensure_ascii=False)
+    record = {"message": str(message), "timestamp": shown_id(message.id), **more}
+    if message.reason:
+        record["reason"] = message.reason
+    return json.dumps(record, ensure_ascii=False)
 
 
 def simple_print_handler(message: Message, timestamp: int) -> None:
@@ -3057,7 +2980,7 @@ class QueueWatcher:
                    the queue with a lower id than the last one seen (moved in, given back, delayed) is
                    not seen
     after          handle only messages with a higher id
-    lease          seconds; renewed in the background while the handler runs. None: remove each message
+    lease          seconds; extended in the background while the handler runs. None: remove each message
                    before its handler is called (at most once)
     max_attempts   after so many failed attempts the message moves to ``dead_letter`` (QUEUE.dead)
     error_handler  ``error_handler(error, message, timestamp)`` decides about a handler that raised. True:
@@ -3066,9 +2989,11 @@ class QueueWatcher:
     stop_event     a threading.Event that stops the watcher within 0.1 s
     batch_size     messages leased at once; None: few while handlers are slow, more when they are fast
     backoff        seconds before the second attempt; doubles with each further one, up to 300
+    drain          end when nothing is ready, leased or waiting for its next attempt
 
     By default at least once: lease, call, acknowledge. With peek a failing message is tried again
-    max_attempts times and then passed, as it stays in the queue.
+    max_attempts times and then passed, as it stays in the queue. A handler that ends its thread
+    (SystemExit, KeyboardInterrupt, CancelledError) ends the watcher: the attempt counts as a failed one.
     """
 
     def __init__(
@@ -3076,9 +3001,9 @@ class QueueWatcher:
         after: Id = None, lease: float | None = DEFAULT_LEASE_S, max_attempts: int = DEFAULT_MAX_ATTEMPTS,
         dead_letter: str | None = None, error_handler: ErrorHandler | None = None,
         stop_event: threading.Event | None = None, batch_size: int | None = None, backoff: float = BACKOFF_S,
+        drain: bool = False,
     ) -> None:  # fmt: skip
-        if not callable(handler):
-            raise TypeError(f"handler must be callable, not {type(handler).__name__}")
+        check_handler(handler)
         if isinstance(queue, Queue) and db is not None:
             raise ValueError("give a Queue or a db, not both")
         self._owns_queue = not isinstance(queue, Queue)
@@ -3088,35 +3013,41 @@ class QueueWatcher:
             self.queue = Queue(queue, broker=db) if isinstance(db, Broker) else Queue(queue, db)
         self.position = id_range(after=after)[0]  # with peek: the id of the last message seen
         self._handler, self._error_handler = handler, error_handler or default_error_handler
-        self._step = self._peek_batch if peek else self._read_one if lease is None else self._lease_batch
-        self._keeper = LeaseKeeper(self.queue, DEFAULT_LEASE_S if lease is None else lease)
+        self._step = self._peek_all if peek else self._read_one if lease is None else self._lease_batch
+        self._leases = LeasesInFlight(self.queue, DEFAULT_LEASE_S if lease is None else lease)
         self._max_attempts = check_limit(max_attempts, "max_attempts")
-        self._dead_letter = check_queue_name(dead_letter if dead_letter is not None else self.queue.name + ".dead")
+        self._dead_letter = dead_letter
+        if dead_letter is not None:
+            self.queue.check_dead_letter(dead_letter)
         self._batch_size = None if batch_size is None else check_limit(batch_size, "batch_size")
         self._backoff = to_ns(backoff, "backoff") / NS
-        self._alarm = Alarm(self.queue.broker.attendant)
-        self._stop_event, self.stopping = stop_event, False
+        self._waiter = Waiter(self.queue.broker.runner.notifier)
+        self._stop_event, self._drain, self.stopping = stop_event, drain, False
+        self.dead_lettered = 0  # messages that it has moved to the dead-letter queue
         self._thread: threading.Thread | None = None
         self._running = threading.Lock()  # held by the thread that is in watch()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.queue!r})"
 
     # -- start and stop
 
     def watch(self) -> None:
         """Handle messages until stopped. Blocks.
 
-        In the main thread SIGINT and SIGTERM stop it: the current handler ends, then this returns.
+        In the main thread SIGINT, SIGTERM and SIGHUP stop it: the current handler ends, then this returns.
         """
         if not self._running.acquire(blocking=False):
             raise RuntimeError("this watcher is running already")
         try:
-            with StopSignals(self.request_stop), self._alarm, self._keeper:
+            with StopSignals(lambda number: self.request_stop()), self._waiter, self._leases:
                 while not self._stopped():
                     try:
                         if not self._step():
                             self._idle()
                     except sqlite3.OperationalError as error:  # busy, or a full disk: nothing is lost, go on later
                         log_warning("watcher of %s: %s", self.queue.name, error)
-                        self._keeper.forget()
+                        self._leases.forget()
                         self._sleep(BUSY_PAUSE_S)
         finally:
             self._running.release()
@@ -3127,14 +3058,15 @@ class QueueWatcher:
         """Start watch() in a daemon thread and return the thread; the same one if it was started before."""
         if self._thread is None:
             name = f"simplebroker-watch-{self.queue.name}"
-            self._thread = threading.Thread(target=self.watch, name=name, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self.watch, name=name, daemon=True)
+            thread.start()
+            self._thread = thread
         return self._thread
 
     def request_stop(self) -> None:
         """Stop after the current message. Returns at once; safe in handlers and signal handlers."""
         self.stopping = True
-        self._alarm.wake()
+        self._waiter.wake()
 
     def stop(self, timeout: float | None = None) -> None:
         """Stop after the current message, and wait up to timeout seconds (None: no limit) for the end of
@@ -3154,25 +3086,29 @@ class QueueWatcher:
         return self.stopping or (self._stop_event is not None and self._stop_event.is_set())
 
     def _idle(self) -> None:
-        """Nothing is there: sleep until something may be."""
-        check_s = None if self._stop_event is None else STOP_EVENT_CHECK_S
-        while not self._stopped() and not self._alarm.wait(check_s):
-            pass
+        """Nothing was found: sleep until something may be there, or end."""
+        pending, pause = self.queue.look(self.position)
+        if self._drain and not pending:
+            if self.queue.is_drained(self.position):
+                self.request_stop()
+            pause = min(pause, self.queue.broker.settings.max_interval_s)  # an acknowledgement notifies nobody
+        if not pending:
+            self._sleep(pause, wakes=True)
 
-    def _sleep(self, seconds: float) -> None:
-        """Sleep that long, or until stopped."""
+    def _sleep(self, seconds: float, *, wakes: bool = False) -> None:
+        """Sleep that long, or until stopped; ``wakes``: or until something may be there."""
         deadline = time.monotonic() + seconds
-        while not self._stopped() and time.monotonic() < deadline:
-            left = deadline - time.monotonic()
-            self._alarm.wait(left if self._stop_event is None else min(left, STOP_EVENT_CHECK_S))
+        while not self._stopped() and (left := deadline - time.monotonic()) > 0:
+            if self._waiter.wait(left if self._stop_event is None else min(left, STOP_EVENT_CHECK_S)) and wakes:
+                return
 
     # -- the three ways to take messages; each tells whether there were any
 
     def _lease_batch(self) -> bool:
-        batch = self._keeper.take(self._batch_size, low=self.position)
+        batch = self._leases.take(self._batch_size, self.position)
         for message in batch:
             if self._stopped():
-                self._keeper.give_back()
+                self._leases.nack()
                 break
             self._attempt(message)
         return bool(batch)
@@ -3183,20 +3119,20 @@ class QueueWatcher:
             self._call(message)
         return message is not None
 
-    def _peek_batch(self) -> bool:
-        batch = self.queue.peek_many(self._batch_size or 16, after=self.position)
-        for message in batch:
+    def _peek_all(self) -> bool:
+        position = self.position
+        for message in self.queue.peek_all(after=position):
             if self._stopped() or not self._see(message):
                 break
             self.position = message.id
-        return bool(batch)
+        return self.position != position
 
     # -- one message
 
     def _see(self, message: Message) -> bool:
         """Call until it works or the attempts are used up; False if it is to be seen again."""
         for attempt in range(1, self._max_attempts + 1):
-            verdict = self._call(message)
+            verdict, _ = self._call(message)
             if verdict is not None:
                 return verdict
             if attempt < self._max_attempts:
@@ -3206,42 +3142,59 @@ class QueueWatcher:
         return True
 
     def _attempt(self, message: Message) -> None:
-        """Handle a leased message and settle it."""
+        """Handle a leased message, and acknowledge it or give it back."""
         if message.attempt > self._max_attempts:  # it killed its consumers before they could say so
-            self._move(message, self._dead_letter)
+            self._bury(message, "lease ended", message.attempt - 1)
             return
-        verdict = self._call(message)
+        try:
+            verdict, reason = self._call(message)
+        except BaseException as error:  # it ends this thread; the attempt counts all the same
+            self._give_back(message, describe(error), None)
+            raise
         if verdict:
             self._finish(message)
-        elif verdict is None and message.attempt >= self._max_attempts:
-            self._move(message, self._dead_letter)
+        elif verdict is None:
+            self._give_back(message, reason, backoff_s(self._backoff, message.attempt))
         else:
-            self._keeper.release(message, delay=backoff_s(self._backoff, message.attempt) if verdict is None else None)
+            self._leases.release(message, reason=reason)
 
-    def _call(self, message: Message) -> bool | None:
-        """Call the handler. True: done. None: it failed, try again. False: it failed, and the watcher stops."""
+    def _call(self, message: Message) -> tuple[bool | None, str]:
+        """Call the handler. True: done. None: try again. False: the watcher stops. And why it failed."""
         try:
             self._handler(message, message.id)
-            return True
+            return True, ""
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is for the error handler
-            try:
-                verdict = self._error_handler(error, message, message.id)
-            except Exception as second:  # noqa: BLE001 - an error handler that fails decides nothing
-                verdict = default_error_handler(second, message, message.id)
+            return self._failed(message, error), describe(error)
+
+    def _failed(self, message: Message, error: Exception) -> bool | None:
+        """Ask the error handler."""
+        try:
+            verdict = self._error_handler(error, message, message.id)
+        except Exception as second:  # noqa: BLE001 - an error handler that fails decides nothing
+            verdict = default_error_handler(second, message, message.id)
         if verdict is False:
             self.request_stop()
         return verdict if isinstance(verdict, bool) else None
 
     def _finish(self, message: Message) -> None:
         """The handler is done with a leased message."""
-        self._keeper.acknowledge(message)
+        self._leases.ack(message)
 
-    def _move(self, message: Message, dest: str) -> None:
-        if dest == self._dead_letter:
-            log_warning("queue %s: message %d moves to %s", message.queue, message.id, dest)
-        self._keeper.settle(message)
+    def _give_back(self, message: Message, reason: str, delay: float | None) -> None:
+        """The handler failed: give the message back, or dead-letter it when its attempts are used up."""
+        if message.attempt >= self._max_attempts:
+            self._bury(message, reason, message.attempt)
+        else:
+            self._leases.release(message, delay=delay, reason=reason)
+
+    def _bury(self, message: Message, reason: str, attempt: int) -> None:
+        suffix = f" (attempt {attempt})"
+        why = (check_reason(reason) or "")[: MAX_REASON - len(suffix)] + suffix
+        log_warning("queue %s: message %d is dead-lettered: %s", message.queue, message.id, why)
+        self._leases.done(message)
         try:
-            self.queue.dead_letter(message, dest)
+            self.queue.dead_letter(message, self._dead_letter, reason=why)
+            self.dead_lettered += 1
         except LeaseLost as error:
             log_warning("queue %s: %s", message.queue, error)
 
@@ -3258,11 +3211,12 @@ class QueueMoveWatcher(QueueWatcher):
         after: Id = None, lease: float = DEFAULT_LEASE_S, max_attempts: int = DEFAULT_MAX_ATTEMPTS,
         dead_letter: str | None = None, error_handler: ErrorHandler | None = None,
         stop_event: threading.Event | None = None, batch_size: int | None = None, backoff: float = BACKOFF_S,
+        drain: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(
             source, handler or logger_handler, db=db, after=after, lease=lease, max_attempts=max_attempts,
             dead_letter=dead_letter, error_handler=error_handler, stop_event=stop_event, batch_size=batch_size,
-            backoff=backoff,
+            backoff=backoff, drain=drain,
         )  # fmt: skip
         self._dest = check_queue_name(dest)
         if self._dest == self.queue.name:
@@ -3276,7 +3230,30 @@ class QueueMoveWatcher(QueueWatcher):
         return bool(self.queue.move_many(self._dest, self._batch_size or MAX_BATCH, after=self.position))
 
     def _finish(self, message: Message) -> None:
-        self._move(message, self._dest)
+        self._leases.done(message)
+        try:
+            self.queue.move_leased(message, self._dest)
+        except LeaseLost as error:
+            log_warning("queue %s: handled, but %s", message.queue, error)
+
+
+def check_handler(handler: object) -> None:
+    """TypeError unless it can be called with a message and a timestamp."""
+    if not callable(handler):
+        raise TypeError(f"handler must be callable, not {type(handler).__name__}")
+    import inspect
+
+    try:
+        inspect.signature(handler).bind("message", 0)
+    except TypeError as error:
+        raise TypeError(f"handler is called as handler(message, timestamp): {error}") from None
+    except ValueError:  # a builtin that does not tell
+        pass
+
+
+def describe(error: BaseException) -> str:
+    """An error as a reason: its class and its text."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def backoff_s(base_s: float, attempt: int) -> float:
@@ -3285,24 +3262,28 @@ def backoff_s(base_s: float, attempt: int) -> float:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM call a function while the block runs, if this is the main thread.
+    """SIGINT, SIGTERM and SIGHUP call ``action(number)`` while the block runs, if this is the main thread.
 
-    ``pipe``: a byte is written there at once, also if the kernel gives the signal to another thread. The main
-    thread, where the function is called, should be reading it. None: it is called when the main thread wakes.
+    One that is ignored stays ignored, and one whose handler was installed by C code is left alone: it could not be
+    restored. In a subinterpreter, which has no signals, nothing is done.
     """
 
-    def __init__(self, action: Callable[[], None], pipe: int | None = None) -> None:
-        self._action, self._pipe = action, pipe
+    def __init__(self, action: Callable[[int], object]) -> None:
+        self._action = action
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            import signal
+        if threading.current_thread() is not threading.main_thread():
+            return
+        import signal
 
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._on_signal)
-            if self._pipe is not None:
-                self._previous_pipe = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                try:
+                    self._previous[number] = signal.signal(number, self._on_signal)
+                except ValueError:  # not the main interpreter
+                    return
 
     def __exit__(self, *_: object) -> None:
         if self._previous:
@@ -3310,11 +3291,9 @@ class StopSignals:
 
             for number, previous in self._previous.items():
                 signal.signal(number, previous)
-            if self._pipe is not None:
-                signal.set_wakeup_fd(self._previous_pipe)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._action()
+        self._action(number)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3323,38 +3302,42 @@ class StopSignals:
 
 DONE, ERROR, NOTHING = 0, 1, 2
 FLUSH_BYTES = 1 << 16
+PIPE_BYTES = 4096  # can be written without blocking when poll() reports room
+JOIN_S = 0.1  # how often `work` looks after its commands
+KILL_AFTER_S = 5.0  # between asking a command of `work` to end, and killing it
 
 
-class Outlet:
+def file_mode(stream: Any) -> int:
+    """The kind of file behind a stream, as ``st_mode``; 0 if there is none."""
+    try:
+        return os.fstat(stream.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):
+        return 0
+
+
+class Output:
     """Standard output, as bytes. It knows when the reader of a pipe has taken what was written.
 
-    On Linux a pipe is made one page small: poll() then reports room only when the reader has taken all
-    of it. So a message counts as handed over when it was read, and ``read --all | head -20`` removes 20.
-    Elsewhere, and for files and terminals, it counts as handed over when it was flushed.
+    A message counts as delivered when it was flushed; in a pipe on Linux, when it was read from the pipe. So
+    ``read --all | head -20`` removes 20.
     """
 
-    _F_SETPIPE_SZ = 1031
-    LAST_WAIT_S = 1.0  # for the last message: a caller may first wait for our end and read then
+    LAST_WAIT_S = 1.0  # for the last message, or to be read after a signal: our caller may wait for our end
+    UNTOUCHED_S = 5.0  # a pipe that nobody read from at all for so long is written like a file
 
     def __init__(self) -> None:
         if sys.stdout is None:
             raise OperationalError("standard output is closed")
-        self._fd = sys.stdout.fileno()
+        sys.stdout.flush()
+        mode = file_mode(sys.stdout)
+        self._fd = sys.stdout.fileno() if mode else -1
+        self.is_file = stat.S_ISREG(mode) or not mode or fcntl is None  # never full for a while
+        self._is_pipe = stat.S_ISFIFO(mode) and sys.platform == "linux"
         self._unsent: list[bytes] = []
-        self._size = 0
-        self.exact = stat.S_ISFIFO(os.fstat(self._fd).st_mode) and sys.platform == "linux" and self._shrink()
-
-    def _shrink(self) -> bool:
-        import errno
-
-        while True:
-            try:
-                fcntl.fcntl(self._fd, self._F_SETPIPE_SZ, 4096)
-                return True
-            except OSError as error:
-                if error.errno != errno.EBUSY:
-                    return False
-            self.wait_until_read(0.01)  # bytes of someone else are in it: wait until they are read
+        self._size = self._written = 0
+        self._stop_at = float("inf")
+        self.stopped: Callable[[], object] = bool  # is it time to end?
+        self.when_slow: Callable[[], object] = bool  # called when the reader takes its time
 
     def write(self, data: bytes) -> None:
         """Write now or later; flush() makes sure."""
@@ -3364,51 +3347,134 @@ class Outlet:
             self.flush()
 
     def flush(self) -> None:
-        """Write everything; BrokenPipeError if nobody reads any more."""
+        """Write everything; BrokenPipeError if nobody reads any more, InterruptedError when stopped meanwhile."""
+        import select
+
         data = memoryview(b"".join(self._unsent))
         self._unsent.clear()
+        self._written += self._size
         self._size = 0
+        if self._fd < 0:
+            buffer: Any = getattr(sys.stdout, "buffer", None)
+            if buffer is None:
+                sys.stdout.write(str(data, errors="replace"))
+            else:
+                buffer.write(data)
+            return
         while data:
             try:
-                data = data[os.write(self._fd, data) :]
-            except BlockingIOError:  # someone made our end of the pipe non-blocking
-                self.wait_until_read()
+                if self.is_file or self._sleep(FAST_BATCH_S, select.POLLOUT):
+                    data = data[os.write(self._fd, data if self.is_file else data[:PIPE_BYTES]) :]
+                else:
+                    self.when_slow()
+            except BlockingIOError:  # non-blocking, and another writer was faster
+                pass
 
-    def wait_until_read(self, patience_s: float | None = None) -> bool:
-        """With exact: block until the reader has taken everything; False if patience_s were over first.
+    def print(self, lines: Iterable[bytes], progress: Progress | None = None) -> int:
+        """Write and flush lines; return how many."""
+        count = 0
+        try:
+            for line in lines:
+                self.write(line)
+                count += 1
+                if progress is not None:
+                    progress.add(1)
+        finally:  # so that the progress is true at Ctrl-C too
+            self.flush()
+        return count
 
-        BrokenPipeError if it has gone and left something unread.
-        """
+    def deliver(self, data: bytes, *, last: bool) -> None:
+        """Write, and block until the reader of a pipe has all of it; BrokenPipeError if it has gone before."""
+        self.print([data])
+        untouched = self._unread() >= self._written
+        patience_s = self.LAST_WAIT_S if last else self.UNTOUCHED_S if untouched else float("inf")
+        if not self.wait_until_read(patience_s) and not last:
+            self._is_pipe = False
+
+    def wait_until_read(self, patience_s: float = float("inf")) -> bool:
+        """Block until nothing is left in the pipe; False after so many seconds."""
         import select
+
+        began, tries = time.monotonic(), 0
+        while self._unread():
+            tries += 1
+            if tries < 50:  # most readers are quick
+                os.sched_yield()
+            elif self._sleep(min(0.01, (tries - 50) / 1000), 0) & select.POLLERR and self._unread():
+                raise BrokenPipeError("nobody reads the output")
+            waited = time.monotonic() - began
+            if waited > FAST_BATCH_S:
+                self.when_slow()
+            if waited > patience_s:
+                return False
+        return True
+
+    def _unread(self) -> int:
+        """How many bytes are in the pipe."""
+        if not self._is_pipe:
+            return 0
         import termios
 
+        return int.from_bytes(fcntl.ioctl(self._fd, termios.FIONREAD, b"\0\0\0\0"), sys.byteorder)
+
+    def _sleep(self, seconds: float, events: int) -> int:
+        """Sleep until an event, or for so long; InterruptedError soon after it was time to end."""
+        import select
+
         poll = select.poll()
-        poll.register(self._fd, select.POLLOUT)
-        events = poll.poll(1000 * (SIGNAL_CHECK_S if patience_s is None else patience_s))
-        while patience_s is None and not events:
-            events = poll.poll(1000 * SIGNAL_CHECK_S)
-        if events and events[0][1] & select.POLLERR:
-            unread = fcntl.ioctl(self._fd, termios.FIONREAD, b"\0\0\0\0")
-            if any(unread):
-                raise BrokenPipeError("nobody reads the output")
-        return bool(events)
+        poll.register(self._fd, events)
+        found = poll.poll(1000 * seconds)
+        if self.stopped():
+            self._stop_at = min(self._stop_at, time.monotonic() + self.LAST_WAIT_S)
+            if time.monotonic() >= self._stop_at:
+                raise InterruptedError("stopped before the output was read")
+        return found[0][1] if found else 0
 
 
 class Progress:
-    """A running count on standard error, if that is a terminal and not --quiet. main() ends its line."""
+    """``with Progress(...) as progress:`` a running count on standard error, if that is a terminal and not --quiet.
 
-    shown = False
+    Its last number is the true one.
+    """
 
-    def __init__(self, what: str, options: Options, *, after_s: float = 0.5) -> None:
+    def __init__(self, what: str, options: Options, *, wanted: object = True, after_s: float = 0.5) -> None:
         self._what, self._count, self._next_at = what, 0, time.monotonic() + after_s
-        self._on = not options.quiet and sys.stderr is not None and sys.stderr.isatty()
+        self._on = bool(wanted and not options.quiet and sys.stderr is not None and sys.stderr.isatty())
+        self._shown = False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            self._show("\n")
 
     def add(self, number: int) -> None:
+        """Count, and show the count now and then."""
         self._count += number
         if self._on and time.monotonic() >= self._next_at:
             self._next_at = time.monotonic() + 0.2
-            print(f"\r{self._what}: {self._count:,}", end="", file=sys.stderr, flush=True)
-            Progress.shown = True
+            self._shown = True
+            self._show("")
+
+    def count(self, act: Callable[[], list[T]]) -> list[T]:
+        """Call what commits a batch, and count it. When that is shown, signals wait until both are done."""
+        if not self._on:
+            return act()
+        signals: list[int] = []
+        with StopSignals(signals.append):
+            done = act()
+            self._count += len(done)
+        self.add(0)
+        for number in signals[:1]:
+            os.kill(os.getpid(), number)
+        return done
+
+    def _show(self, end: str) -> None:
+        try:
+            print(f"\r{self._what}: {self._count:,}", end=end, file=sys.stderr, flush=True)
+        except OSError:  # the terminal is gone
+            self._on = self._shown = False
 
 
 class Options:
@@ -3416,7 +3482,8 @@ class Options:
 
     run: Callable[[Options], int | None]
     operands: list[str]
-    command = ""
+    name = ""  # of the command
+    opened: Broker | None = None
     lease_s = DEFAULT_LEASE_S
     max_attempts = DEFAULT_MAX_ATTEMPTS
     backoff = BACKOFF_S
@@ -3429,8 +3496,10 @@ class Options:
 
     def broker(self) -> Broker:
         """The broker on the database that the options mean."""
-        settings = Settings.from_environment()
-        return Broker(database_path(settings, self.dir, self.file), settings=settings)
+        if self.opened is None:
+            settings = Settings.from_environment()
+            self.opened = Broker(database_path(settings, self.dir, self.file), settings=settings)
+        return self.opened
 
     def queue(self) -> Queue:
         """The queue of the first operand."""
@@ -3440,31 +3509,41 @@ class Options:
         """The bounds that -m, --after and --before mean together."""
         return id_range(self.id, self.after, self.before)
 
+    def filters(self) -> dict[str, int | None]:
+        """-m, --after and --before, for a call."""
+        return {"message_id": self.id, "after": self.after, "before": self.before}
+
     def limit(self) -> int | None:
         """How many messages the command takes; None: all."""
-        if self.all and self.number:
-            raise UsageError("--all and -n exclude each other")
         return None if self.all else self.number or 1
 
     def format(self, message: Message) -> bytes:
         """A message in the shape that --json or -t asks for, or plain."""
         if self.json:
-            return json_line(message).encode() + b"\n"
-        text = f"{message.id}\t{message}" if self.stamps else message
+            more: dict[str, object] = {}
+            if self.held:
+                due = None if message.due is None else shown_id(message.due)
+                more = {"state": message.state, "attempt": message.attempt, "due": due}
+            return json_line(message, **more).encode() + b"\n"
+        text = f"{shown_id(message.id)}\t{message}" if self.stamps else message
         return text.encode() + (b"" if message.endswith("\n") else b"\n")
 
     def lease(self) -> Message:
-        """The leased message that the second operand, ID.ATTEMPT, means."""
-        id, _, attempt = self.operands[1].partition(".")
-        if not (attempt.isascii() and attempt.isdigit() and len(attempt) < 10 and int(attempt)):
-            raise UsageError(f"{self.operands[1]!r} is not a lease: give ID.ATTEMPT, as 'lease' printed it")
-        return Message("", check_id(id, "the id of the lease"), self.operands[0], int(attempt))
+        """The leased message that the second operand, ID.TOKEN, means."""
+        id, _, token = self.operands[1].partition(".")
+        if not (token.isascii() and token.isdigit() and len(token) <= ID_DIGITS):
+            raise UsageError(f"{shown(self.operands[1])} is not a lease: give ID.TOKEN, as 'lease' printed it")
+        return Message("", check_id(id, "the id of the lease"), self.operands[0], lease=int(token))
 
 
-def read_stdin() -> Any:
+def standard_input() -> Any:
     """Standard input, for bytes."""
     if sys.stdin is None:
         raise OperationalError("standard input is closed")
+    if not hasattr(sys.stdin, "buffer"):
+        import io
+
+        return io.BytesIO(sys.stdin.read().encode())
     return sys.stdin.buffer
 
 
@@ -3482,182 +3561,211 @@ def decode(data: bytes, what: str, settings: Settings) -> str:
 
 def message_text(operand: str, settings: Settings) -> str:
     """The body that an operand means: itself, or standard input for '-'."""
-    data = read_stdin().read(settings.max_message_size + 1) if operand == "-" else os.fsencode(operand)
+    data = standard_input().read(settings.max_message_size + 1) if operand == "-" else os.fsencode(operand)
     return decode(data, "the message", settings)
 
 
 def run_write(options: Options) -> int | None:
-    queue = options.queue()
-    if options.lines and len(options.operands) > 1:
+    queue, given = options.queue(), options.operands[1:]
+    if options.lines and given:
         raise UsageError("--lines reads standard input: give no message")
+    output = Output() if options.json or options.stamps else None
     if options.lines:
-        return write_lines(queue, options)
-    outlet = Outlet() if options.json or options.stamps else None
-    text = message_text((*options.operands, "-")[1], queue.broker.settings)
-    print_ids(options, [queue.write(text, delay=options.delay)], outlet)
+        return write_lines(queue, options, output)
+    text = message_text((*given, "-")[0], queue.broker.settings)
+    if not given and not text:
+        raise UsageError("no MESSAGE, and standard input is empty: give '-' if an empty message is meant")
+    print_ids([queue.write(text, delay=options.delay)], options, output)
     return DONE
 
 
-def print_ids(options: Options, ids: list[int], outlet: Outlet | None) -> None:
+def print_ids(ids: list[int], options: Options, output: Output | None) -> None:
     """The ids of written messages, if they were asked for."""
-    if outlet is not None:
-        shape = '{{"timestamp": "{}"}}\n' if options.json else "{}\n"
-        outlet.write("".join(map(shape.format, ids)).encode())
-        outlet.flush()
+    if output is not None:
+        shape = b'{"timestamp": "%019d"}\n' if options.json else b"%019d\n"
+        output.print(shape % id for id in ids)
 
 
-def write_lines(queue: Queue, options: Options) -> int | None:
+def write_lines(queue: Queue, options: Options, output: Output | None) -> int:
     """Each line of standard input is a message. What has arrived is written in one transaction."""
-    settings = queue.broker.settings
-    outlet = Outlet() if options.json or options.stamps else None
-    progress = Progress("messages written", options)
+    settings, source = queue.broker.settings, standard_input()
+    read = getattr(source, "raw", source).read  # raw: what is there, without waiting for more
     count, rest, ended = 0, b"", False
-    while not ended:
-        chunk = os.read(read_stdin().fileno(), BATCH_BYTES)
-        ended = not chunk
-        *lines, rest = (rest + chunk).split(b"\n")
-        lines += [rest] if rest and (ended or len(rest) > settings.max_message_size) else []
-        bodies: list[str] = []
-        try:
-            for line in lines:
-                bodies.append(decode(line, "it", settings))
-        except MessageError as error:
-            raise MessageError(f"line {count + len(bodies) + 1}: {error}; the lines before it are written") from None
-        finally:
-            ids = queue.write_many(bodies, delay=options.delay)
-            print_ids(options, ids, outlet)
-        count += len(ids)
-        progress.add(len(ids))
+    with Progress("messages written", options) as progress:
+        while not ended:
+            chunk = read(BATCH_BYTES) or b""
+            ended = not chunk
+            *lines, rest = (rest + chunk).split(b"\n")
+            lines += [rest] if rest and (ended or len(rest) > settings.max_message_size) else []
+            bodies: list[str] = []
+            try:
+                for line in lines:
+                    bodies.append(decode(line, f"line {count + len(bodies) + 1}: it", settings))
+            finally:  # those before a bad line are written
+                ids = progress.count(partial(queue.write_many, bodies, delay=options.delay))
+                print_ids(ids, options, output)
+            count += len(ids)
     return DONE
+
+
+def when_pending(queue: Queue, options: Options, act: Callable[[], int]) -> int:
+    """Return what act() returns; with --wait it is called when there may be something, until there is."""
+    deadline = None if options.wait is None else time.monotonic() + options.wait
+    while deadline is None or queue.wait_until_pending(max(0.0, deadline - time.monotonic()), *options.range()):
+        status = act()
+        if status != NOTHING or deadline is None:
+            return status
+    return NOTHING
 
 
 def run_read(options: Options) -> int | None:
-    queue, limit, outlet = options.queue(), options.limit(), Outlet()
-    low, high = options.range()
-    count = 0
-    if options.wait is not None and not queue.wait_until_pending(options.wait, low, high):
-        return NOTHING
-    with LeaseKeeper(queue, lazy=True) as keeper:
-        while limit is None or count < limit:
-            batch = keeper.take(limit and min(limit - count, MAX_BATCH), low, high)
-            if not batch:
-                break
-            count += len(batch)
-            last = outlet.exact and (count == limit or not queue.has_pending(after=low, before=high))
-            hand_over(keeper, batch, outlet, options, batch[-1] if last else None)
+    queue, output = options.queue(), Output()
+    return when_pending(queue, options, partial(read_messages, queue, options, output))
+
+
+def read_messages(queue: Queue, options: Options, output: Output) -> int:
+    """Print and remove what is there. After a signal, what was delivered is removed and the rest is given back."""
+    (low, high), limit, count = options.range(), options.limit(), 0
+    signals: list[int] = []  # those that told us to stop
+    output.stopped = lambda: signals
+    progress = Progress("messages read", options, wanted=options.all and output.is_file)
+    try:
+        with progress, StopSignals(signals.append), LeasesInFlight(queue, lazy=True) as leases:
+            output.when_slow = leases.keep_alive
+            while not signals and (limit is None or count < limit):
+                batch = leases.take(limit and min(limit - count, MAX_BATCH), low, high)
+                if not batch:
+                    break
+                count += len(batch)
+                more = output.is_file or (count != limit and queue.look(low, high)[0])
+                progress.add(deliver(leases, batch, output, options, more=more))
+    except InterruptedError:
+        pass
+    if signals:
+        return 128 + signals[0]
     return DONE if count else NOTHING
 
 
-def hand_over(
-    keeper: LeaseKeeper, batch: list[Message], outlet: Outlet, options: Options, last: Message | None
-) -> None:
-    """Print leased messages, then acknowledge those that arrived. If the pipe closes, the others go back."""
-    arrived = 0
+def deliver(leases: LeasesInFlight, batch: list[Message], output: Output, options: Options, *, more: bool) -> int:
+    """Print leased messages and acknowledge those that were delivered; return how many. ``more`` will follow."""
+    written = delivered = 0
     try:
         for message in batch:
-            outlet.write(options.format(message))
-            if outlet.exact:
-                outlet.flush()
-                if not outlet.wait_until_read(FAST_BATCH_S):
-                    keeper.keep_alive()
-                    outlet.wait_until_read(outlet.LAST_WAIT_S if message is last else None)
-                arrived += 1
-        outlet.flush()
-        arrived = len(batch)
+            if output.stopped():
+                break
+            written += 1
+            if output.is_file:
+                output.write(options.format(message))
+            else:
+                output.deliver(options.format(message), last=not more and message is batch[-1])
+                delivered = written
+        output.flush()
+        delivered = written
     finally:
-        keeper.acknowledge(*batch[:arrived])
+        leases.ack(*batch[:delivered])
+    return delivered
 
 
 def run_peek(options: Options) -> int | None:
-    queue, limit, outlet = options.queue(), options.limit(), Outlet()
+    queue, limit, output, held = options.queue(), options.limit(), Output(), bool(options.held)
     low, high = options.range()
-    if options.wait is not None and not queue.wait_until_pending(options.wait, low, high):
-        return NOTHING
-    found: Iterable[Message | None] = queue.peek_all(after=low, before=high)
-    if options.id is not None:  # finds held messages too
-        found = [queue.peek(message_id=options.id, after=low, before=high)]
-    elif limit is not None:
-        found = queue.peek_many(limit, after=low, before=high)
-    return print_all(found, outlet, options)
 
+    def peek() -> int:
+        found: Iterable[Message | None] = queue.peek_all(after=low, before=high, held=held)
+        if options.id is not None:  # finds held messages too
+            found = [queue.peek(message_id=options.id, after=low, before=high)]
+        elif limit is not None:
+            found = queue.peek_many(limit, after=low, before=high, held=held)
+        return DONE if output.print(options.format(message) for message in found if message is not None) else NOTHING
 
-def print_all(messages: Iterable[Message | None], outlet: Outlet, options: Options) -> int:
-    """Print messages that are not removed for it."""
-    status = NOTHING
-    for message in messages:
-        if message is not None:
-            outlet.write(options.format(message))
-            status = DONE
-    outlet.flush()
-    return status
+    return when_pending(queue, options, peek)
 
 
 def run_move(options: Options) -> int | None:
-    queue, limit, outlet = options.queue(), options.limit(), Outlet()
-    dest, progress = options.operands[1], Progress("messages moved", options)
-    low, high = options.range()
-    status = NOTHING
-    one = [] if limit is None else [queue.move_many(dest, limit, after=low, before=high)]
-    for batch in queue.move_batches(dest, low, high) if limit is None else one:
-        status = min(status, print_all(batch, outlet, options))
-        progress.add(len(batch))
+    queue, dest, limit, output = options.queue(), options.operands[1], options.limit(), Output()
+    (low, high), status = options.range(), NOTHING
+    with Progress("messages moved", options, wanted=options.all) as progress:
+        if limit is None:
+            batches = queue.move_batches(dest, low, high)
+        else:
+            batches = iter([queue.move_many(dest, limit, after=low, before=high)])
+        while batch := progress.count(partial(next, batches, [])):
+            status = DONE
+            output.print(map(options.format, () if options.quiet else batch))
     return status
 
 
-def run_lease(options: Options) -> int | None:
-    queue, outlet = options.queue(), Outlet()
-    low, high = options.range()
-    message = queue.lease(options.lease_s, after=low, before=high)
-    if message is None:
+def run_requeue(options: Options) -> int | None:
+    queue, output = options.queue(), Output()
+    queue.check_dead_letter(options.source)
+    if not queue.broker.exists():
         return NOTHING
-    line = json_line(message, attempt=message.attempt, lease=f"{message.id}.{message.attempt}")
-    try:
-        outlet.write(line.encode() + b"\n")
-        outlet.flush()
-    except OSError:
-        queue.release(message)
-        raise
+    count = queue.requeue(options.source, options.number, **options.filters())
+    return DONE if count and output.print([b"%d\n" % count]) else NOTHING
+
+
+def run_rename(options: Options) -> int | None:
+    return DONE if options.broker().rename(*options.operands) else NOTHING
+
+
+def run_release(options: Options) -> int | None:
+    options.queue().release(options.lease(), delay=options.delay, reason=options.reason)
     return DONE
+
+
+def run_dead_letter(options: Options) -> int | None:
+    options.queue().dead_letter(options.lease(), options.dest, reason=options.reason)
+    return DONE
+
+
+def run_lease(options: Options) -> int | None:
+    queue, output = options.queue(), Output()
+
+    def lease() -> int:
+        with LeasesInFlight(queue, options.lease_s, lazy=True) as leases:
+            for message in leases.take(1, *options.range()):
+                line = json_line(message, attempt=message.attempt, lease=f"{shown_id(message.id)}.{message.lease}")
+                output.print([line.encode() + b"\n"])
+                leases.done(message)  # it is the reader's now
+                return DONE
+        return NOTHING
+
+    return when_pending(queue, options, lease)
 
 
 def run_list(options: Options) -> int | None:
     import json
 
-    queues, outlet = options.broker().queues(options.pattern), Outlet()
+    queues, output, lines = options.broker().queues(options.pattern), Output(), []
     for name, stats in queues.items():
         line = f"{name}: {stats.ready}"
         if options.json:
-            line = json.dumps({"queue": name, **stats._asdict(), "total": stats.total})
+            oldest = None if stats.oldest is None else shown_id(stats.oldest)
+            counts = {"ready": stats.ready, "leased": stats.leased, "delayed": stats.delayed, "total": stats.total}
+            line = json.dumps({"queue": name, **counts, "oldest": oldest})
         elif options.stats:
             line += f" ({stats.total} total, {stats.leased} leased, {stats.delayed} delayed)"
-        outlet.write(line.encode() + b"\n")
-    outlet.flush()
-    return NOTHING if options.pattern is not None and not queues else DONE
+        lines.append(line.encode() + b"\n")
+    return DONE if output.print(lines) or options.pattern is None else NOTHING
 
 
 def run_delete(options: Options) -> int | None:
-    if bool(options.all) == bool(options.operands) or (options.all and options.id):
-        raise UsageError("delete takes a queue, with or without -m, or --all")
-    if not options.all:
-        return DONE if options.queue().delete(message_id=options.id) else NOTHING
-    broker = options.broker()
-    with broker.transaction():
-        count = sum(broker.queue(name).delete() for name in broker.queues())
+    count = options.broker().delete_all() if options.all else options.queue().delete(**options.filters())
     return DONE if count else NOTHING
 
 
 def run_broadcast(options: Options) -> int | None:
     broker = options.broker()
-    names = broker.broadcast(message_text(options.operands[0], broker.settings), options.pattern)
-    return DONE if names else NOTHING
+    text = message_text(options.operands[0], broker.settings)
+    if not options.queues and not broker.exists():
+        return NOTHING
+    return DONE if broker.broadcast(text, options.pattern, options.queues) else NOTHING
 
 
 def run_dump(options: Options) -> int | None:
-    outlet, progress = Outlet(), Progress("lines dumped", options)
-    for line in options.broker().dump(options.pattern):
-        outlet.write(line.encode() + b"\n")
-        progress.add(1)
-    outlet.flush()
+    output = Output()
+    with Progress("lines dumped", options, wanted=output.is_file) as progress:
+        output.print((line.encode() + b"\n" for line in options.broker().dump(options.pattern)), progress)
     return DONE
 
 
@@ -3665,19 +3773,19 @@ def run_load(options: Options) -> int | None:
     import shutil
     import tempfile
 
-    broker, source, progress = options.broker(), read_stdin(), Progress("lines loaded", options)
-
-    def lines() -> Iterator[bytes]:
-        for line in source:
-            progress.add(1)
-            yield line
-
-    with tempfile.TemporaryFile() as spool:
-        if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+    broker, source = options.broker(), standard_input()
+    with tempfile.TemporaryFile() as spool, Progress("lines read", options) as progress:
+        if not stat.S_ISREG(file_mode(source)):
             # Other writers wait during the load: let them not wait for whoever fills the pipe.
             shutil.copyfileobj(source, spool)
             spool.seek(0)
             source = spool
+
+        def lines() -> Iterator[bytes]:
+            for line in source:
+                progress.add(1)
+                yield line
+
         broker.load(lines())
     return DONE
 
@@ -3685,432 +3793,463 @@ def run_load(options: Options) -> int | None:
 def run_init(options: Options) -> int | None:
     settings = Settings.from_environment()
     here = options.dir if options.dir or options.file else settings.db_location or os.getcwd()
-    with Broker(database_path(settings, here, options.file), settings=settings).transaction():
+    options.opened = Broker(database_path(settings, here, options.file), settings=settings)
+    with options.opened.transaction():
         return DONE
-
-
-def run_watch(options: Options) -> int | None:
-    outlet = Outlet()
-    if options.peek and options.move:
-        raise UsageError("--peek and --move exclude each other")
-
-    def handler(message: Message, timestamp: int) -> None:
-        outlet.write(options.format(message))
-        outlet.flush()
-        while outlet.exact and not outlet.wait_until_read(FAST_BATCH_S):
-            if watcher.stopping:
-                raise InterruptedError("stopped before the message was read")
-
-    failures: list[BaseException] = []
-
-    def on_error(error: BaseException, message: Message, timestamp: int) -> bool:
-        failures.append(error)
-        return False
-
-    queue, after = options.queue(), options.after
-    watcher: QueueWatcher
-    if options.move:
-        watcher = QueueMoveWatcher(queue, options.move, handler, after=after, error_handler=on_error)
-    else:
-        watcher = QueueWatcher(queue, handler, peek=bool(options.peek), after=after, error_handler=on_error)
-    watcher.watch()
-    if failures and not isinstance(failures[0], InterruptedError):
-        raise failures[0]
-    return DONE
 
 
 class CommandFailed(BrokerError):
     """A command of ``broker work`` ended with a status that is not 0."""
 
 
-class Job:
-    """What ``broker work`` does with a message: run the command, body on standard input."""
+class CommandWatcher(QueueWatcher):
+    """Trouble that is not the message's stops it: the message is given back as if it had not been leased."""
 
-    KILL_AFTER_S = 5.0
-    OUTPUT_WAIT_S = 1.0  # after its end, as it may have left a process behind that keeps its output open
+    failure: Exception | None = None
 
-    def __init__(self, command: list[str], options: Options) -> None:
-        self._command, self._options = command, options
-        self._pass_through = options.jobs == 1
-        # Guards the three below; held while a process is started, so that end() misses none.
-        self._guard = threading.Lock()
-        self._running: set[Any] = set()
-        self._ending = False
-        self.failure: BrokerError | None = None
-        self._print_guard = threading.Lock()  # guards what is printed: one whole line at a time
-
-    def __call__(self, message: Message, timestamp: int) -> None:
-        process = self._start(message)
+    def watch(self) -> None:
         try:
-            errors: list[OSError] = []
-            pumps = [] if self._pass_through else self._pump(process, errors)
-            status = process.wait()
-            deadline = time.monotonic() + self.OUTPUT_WAIT_S
-            for pump in pumps:
-                while pump.is_alive() and self._expects_output(deadline):
-                    pump.join(SIGNAL_CHECK_S)
-            if errors:
-                raise CommandFailed(f"its output cannot be passed on: {errors[0]}")
+            super().watch()
+        except Exception as error:  # noqa: BLE001 - the main thread raises it
+            self.failure = error
+
+    def _call(self, message: Message) -> tuple[bool | None, str]:
+        verdict, reason = super()._call(message)
+        return verdict, reason.partition(": ")[2]  # without the name of the class
+
+    def _failed(self, message: Message, error: Exception) -> bool | None:
+        if isinstance(error, CommandFailed):
+            return super()._failed(message, error)
+        self.failure = error
+        self.request_stop()
+        self._leases.nack()
+        return True
+
+    def _finish(self, message: Message) -> None:
+        if self.failure is None:
+            super()._finish(message)
+
+    def check(self) -> None:
+        """Raise what made it stop; InterruptedError is no trouble."""
+        if self.failure is not None and not isinstance(self.failure, InterruptedError):
+            raise self.failure
+
+
+class CommandMoveWatcher(CommandWatcher, QueueMoveWatcher):
+    """The same for ``broker watch --move``."""
+
+
+def run_watch(options: Options) -> int | None:
+    output = Output()
+    if options.peek and options.move:
+        raise UsageError("--peek and --move exclude each other")
+
+    def handler(message: Message, timestamp: int) -> None:
+        output.write(options.format(message))
+        output.flush()
+        output.wait_until_read()
+
+    queue, after = options.queue(), options.after
+    watcher: CommandWatcher
+    if options.move:
+        watcher = CommandMoveWatcher(queue, options.move, handler, after=after)
+    else:
+        watcher = CommandWatcher(queue, handler, peek=bool(options.peek), after=after)
+    output.stopped = lambda: watcher.stopping
+    watcher.watch()
+    watcher.check()
+    return DONE
+
+
+class Worker(CommandWatcher):
+    """A thread of ``broker work``. It takes a turn, then a message, so that -n commands get the oldest messages."""
+
+    turns: threading.Semaphore
+
+    def _lease_batch(self) -> bool:
+        if not self.turns.acquire(blocking=False):
+            self.request_stop()
+            return True
+        found = False
+        try:
+            found = super()._lease_batch()
         finally:
-            with self._guard:
-                self._running.discard(process)
+            if not found:
+                self.turns.release()
+        return found
+
+
+class Job:
+    """``broker work``: runs a command for each message, in some threads, which the main thread looks after."""
+
+    def __init__(self, options: Options) -> None:
+        broker, (name, *self._command) = options.broker(), options.operands
+        self._options = options
+        place, file = ("", broker.path) if url_scheme(broker.path) else os.path.split(broker.path)
+        names = {"BROKER_DEFAULT_DB_LOCATION": place, "BROKER_DEFAULT_DB_NAME": file, "BROKER_PROJECT_SCOPE": "0"}
+        self._environ = {**os.environ, **names}
+        self._running: dict[Any, list[Any]] = {}  # each process: the time of its next signal, and that signal
+        self._signals = 0  # how often we were told to stop
+        self._told = False
+        self._watchers = [
+            Worker(
+                broker.queue(name), self._handle, lease=options.lease_s, max_attempts=options.max_attempts,
+                dead_letter=options.dest, error_handler=self._failed, batch_size=1, backoff=options.backoff,
+                drain=bool(options.drain),
+            )
+            for _ in range(options.jobs)
+        ]  # fmt: skip
+        turns = threading.Semaphore(options.number or 2**31)  # the commands that may still be started
+        for watcher in self._watchers:
+            watcher.turns = turns
+
+    def run(self) -> int:
+        """Work until told to stop, or until nothing is left to do."""
+        with StopSignals(self._stop):
+            threads: list[threading.Thread] = []
+            for watcher in self._watchers:
+                try:
+                    threads.append(watcher.run_in_thread())
+                except RuntimeError as error:  # a limit of processes
+                    watcher.failure = OperationalError(f"cannot start a thread: {error}")
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(JOIN_S)
+                    self._look_after()
+        for watcher in self._watchers:
+            watcher.check()
+        buried = sum(watcher.dead_lettered for watcher in self._watchers)
+        if buried and not self._signals and (self._options.drain or self._options.number):
+            raise BrokerError(f"messages that were dead-lettered: {buried}")
+        return DONE
+
+    def _stop(self, number: int) -> None:
+        """Told to stop: once, the commands that run are finished; again, they are ended."""
+        self._signals += 1
+
+    def _look_after(self) -> None:
+        """Stop when it is time to; say what we wait for; end the commands whose time is over."""
+        import signal
+
+        if self._signals or any(watcher.failure for watcher in self._watchers):
+            for watcher in self._watchers:
+                watcher.request_stop()
+        running, now = list(self._running.items()), time.monotonic()
+        if self._signals and running and not self._told and sys.stderr is not None and sys.stderr.isatty():
+            complain(f"finishing {len(running)} command{'s' * (len(running) > 1)}; again to end them")
+            self._told = True
+        for process, state in running:
+            end_at, number = state
+            if now >= end_at or (self._signals > 1 and number == signal.SIGTERM):
+                state[:] = now + KILL_AFTER_S, signal.SIGKILL
+                try:
+                    os.killpg(process.pid, number)
+                except (ProcessLookupError, PermissionError):  # it has ended
+                    pass
+
+    def _handle(self, message: Message, timestamp: int) -> None:
+        """Run the command for a message; CommandFailed unless it ends with status 0."""
+        import signal
+
+        process, timeout_s = self._start(message), self._options.timeout
+        state = [float("inf") if timeout_s is None else time.monotonic() + timeout_s, signal.SIGTERM]
+        self._running[process] = state
+        try:
+            status = process.wait()
+        finally:
+            del self._running[process]
+        if state[1] == signal.SIGKILL and self._signals < 2:
+            raise CommandFailed(f"timed out after {timeout_s:g}s")
         if status:
             raise CommandFailed(f"exit status {status}" if status > 0 else f"killed by signal {-status}")
-
-    def failed(self, error: BaseException, message: Message, timestamp: int) -> bool | None:
-        """The error handler: give back at once when we stop, else with a delay."""
-        if self._ending or self.failure is not None:
-            return False
-        complain(f"message {timestamp}, attempt {message.attempt}: {error}")
-        return None
 
     def _start(self, message: Message) -> Any:
         import subprocess
         import tempfile
 
-        names = {"BROKER_QUEUE": message.queue, "BROKER_MESSAGE_ID": message.id, "BROKER_ATTEMPT": message.attempt}
-        environ = {**os.environ, **{name: str(value) for name, value in names.items()}}
-        output = None if self._pass_through else subprocess.PIPE
+        attempt = {"BROKER_QUEUE": message.queue, "BROKER_MESSAGE_ID": shown_id(message.id)}
+        attempt["BROKER_ATTEMPT"] = str(message.attempt)
         # The body is in a file before the command starts: if we are killed, it does not see half of it.
-        with tempfile.TemporaryFile() as body, self._guard:
-            if self._ending:
-                raise CommandFailed("stopped")
-            try:
-                body.write(message.encode())
-                body.seek(0)
-                # A session of its own, so that Ctrl-C in a terminal stops the worker and not the command.
-                process = subprocess.Popen(
-                    self._command, stdin=body, stdout=output, stderr=output, env=environ,
-                    start_new_session=True,
-                )  # fmt: skip
+        with tempfile.TemporaryFile() as body:
+            body.write(message.encode() if self._options.exact else self._options.format(message))
+            body.seek(0)
+            environ = {**self._environ, **attempt}
+            try:  # a session of its own, so that Ctrl-C in a terminal stops the worker and not the command
+                return subprocess.Popen(self._command, stdin=body, env=environ, start_new_session=True)
             except OSError as error:
-                self.failure = OperationalError(f"cannot start {self._command[0]!r}: {error.strerror}")
-                raise self.failure from error
-            self._running.add(process)
-        return process
+                why = "it or its interpreter is not found" if isinstance(error, FileNotFoundError) else error.strerror
+                raise OperationalError(f"cannot start {shown(self._command[0])}: {why}") from error
 
-    def _expects_output(self, deadline: float) -> bool:
-        slow = self._print_guard.locked()  # whoever reads ours takes long
-        return not self._ending and (slow or time.monotonic() < deadline)
-
-    def _pump(self, process: Any, errors: list[OSError]) -> list[threading.Thread]:
-        """Pass on what the command prints, in whole lines."""
-
-        def pump(source: Any, target: Any) -> None:
-            with source:
-                for line in source:
-                    if target is not None:  # else it is closed, and the command must not block
-                        with self._print_guard:
-                            try:
-                                target.buffer.write(line if line.endswith(b"\n") else line + b"\n")
-                                target.flush()
-                            except OSError as error:
-                                errors.append(error)
-                                return
-
-        pairs = ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
-        pumps = [threading.Thread(target=pump, args=pair, daemon=True) for pair in pairs]
-        for thread in pumps:
-            thread.start()
-        return pumps
-
-    def end(self) -> None:
-        """End the commands that run: ask them, and after a while kill them."""
-        import signal
-
-        with self._guard:
-            self._ending = True
-            processes = list(self._running)
-        deadline = time.monotonic() + self.KILL_AFTER_S
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for process in processes:
-                try:
-                    os.killpg(process.pid, number)
-                except (ProcessLookupError, PermissionError):  # all of them have ended
-                    pass
-            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-                time.sleep(0.01)
-
-
-class DrainableWatcher(QueueWatcher):
-    """A watcher that can stop when drained, keeps the error that ended it, and wakes who waits for its end."""
-
-    drain = ended = False
-    failure: BrokerError | OSError | None = None
-    when_ended: Callable[[], object]
-
-    def watch(self) -> None:
-        try:
-            super().watch()
-        except (BrokerError, OSError) as error:  # run_work() raises it in the main thread
-            self.failure = error
-        finally:
-            self.ended = True
-            self.when_ended()
-
-    def _idle(self) -> None:
-        stats = self.queue.stats() if self.drain else None
-        if stats is None:
-            super()._idle()
-        elif stats.ready or stats.leased:
-            self._alarm.wait(self.queue.broker.settings.max_interval_s)  # acknowledging rings no bell
-        else:
-            self.request_stop()
-
-
-def first_failure(job: Job, workers: list[DrainableWatcher]) -> BrokerError | OSError | None:
-    """Why the work cannot go on; None if it can."""
-    return job.failure or next((worker.failure for worker in workers if worker.failure is not None), None)
-
-
-def make_workers(options: Options, job: Job, when_ended: Callable[[], object]) -> list[DrainableWatcher]:
-    """As many as are to run commands at once."""
-    broker, workers = options.broker(), []
-    for _ in range(options.jobs):
-        worker = DrainableWatcher(
-            broker.queue(options.operands[0]), job, lease=options.lease_s, dead_letter=options.dead_letter,
-            max_attempts=options.max_attempts, error_handler=job.failed, batch_size=1,
-            backoff=options.backoff,
-        )  # fmt: skip
-        worker.drain, worker.when_ended = bool(options.drain), when_ended
-        workers.append(worker)
-    return workers
+    def _failed(self, error: BaseException, message: Message, timestamp: int) -> bool | None:
+        """The error handler: give back at once when the commands were ended, else with a delay."""
+        if self._signals > 1:
+            return False
+        complain(f"message {shown_id(timestamp)}, attempt {message.attempt}: {error}")
+        return None
 
 
 def run_work(options: Options) -> int | None:
     import shutil
 
-    name, *command = options.operands
-    if shutil.which(command[0]) is None:
-        raise OperationalError(f"cannot start {command[0]!r}: no such command; nothing was taken from {name!r}")
-    happens, tell = os.pipe()  # a worker has ended, or a signal has come
-    if hasattr(os, "set_blocking"):
-        os.set_blocking(tell, False)  # as signals demand, where it exists
-    job, signals = Job(command, options), []
-    workers = make_workers(options, job, lambda: os.write(tell, b"\0"))
-
-    def stop() -> None:
-        signals.append(True)
-        for worker in workers:
-            worker.request_stop()
-        if len(signals) == 2:
-            threading.Thread(target=job.end, daemon=True).start()
-
-    with StopSignals(stop, tell):
-        threads = [worker.run_in_thread() for worker in workers]
-        while not all(worker.ended for worker in workers):
-            os.read(happens, 64)
-            if first_failure(job, workers) is not None and not signals:
-                stop()
-        for thread in threads:
-            thread.join()
-    os.close(happens)
-    os.close(tell)
-    error = first_failure(job, workers)
-    if error is not None:
-        raise error
-    return DONE
+    command = options.operands[1]
+    if shutil.which(command) is None:
+        why = "command not found" if shutil.which(command, os.F_OK) is None else "permission denied"
+        raise OperationalError(f"cannot start {shown(command)}: {why}; nothing was taken")
+    return Job(options).run()
 
 
 def run_status(options: Options) -> int | None:
-    broker = options.broker()
-    status = {"database": broker.path, **broker.status()}
-    if not os.path.exists(broker.path):
-        return missing(broker.path)
-    text = "\n".join(f"{name}: {value}" for name, value in status.items())
-    if options.json:
-        import json
+    import json
 
-        text = json.dumps({**status, "last_ts": str(status["last_ts"])}, ensure_ascii=False)
-    outlet = Outlet()
-    outlet.write(text.encode(errors="surrogateescape") + b"\n")
-    outlet.flush()
+    broker, output = options.broker(), Output()
+    numbers = broker.status()
+    status = {"database": broker.path, **numbers, "last_ts": shown_id(numbers["last_ts"])}
+    lines = [f"{name}: {value}" for name, value in status.items()]
+    if options.json:
+        lines = [json.dumps(status, ensure_ascii=False)]
+    output.print(line.encode(errors="surrogateescape") + b"\n" for line in lines)
     return DONE
 
 
 def run_vacuum(options: Options) -> int | None:
     broker = options.broker()
-    if not os.path.exists(broker.path):
-        return missing(broker.path)
-    Progress("bytes to vacuum", options, after_s=0).add(os.path.getsize(broker.path))
-    broker.vacuum()
+    with Progress("bytes to vacuum", options, after_s=0) as progress:
+        progress.add(0 if url_scheme(broker.path) else os.path.getsize(broker.path))
+        broker.vacuum()
     return DONE
 
 
 def run_cleanup(options: Options) -> int | None:
-    broker = options.broker()
-    return DONE if broker.delete_database() else missing(broker.path)
+    options.broker().delete_database()
+    return DONE
 
 
-def missing(path: str) -> int:
-    complain(f"no database at {path!r}")
-    return NOTHING
+def run_help(options: Options) -> int | None:
+    parse_arguments([*options.operands, "--help"])
+    return DONE
 
 
 def complain(text: str) -> None:
-    """One line on standard error, if that is open."""
+    """One short line on standard error, if that is open."""
     if sys.stderr is not None:
+        line = " ".join(text[:1000].split())
         try:
-            print("broker:", " ".join(text.split()), file=sys.stderr, flush=True)
+            print("broker:", line if len(text) <= 1000 else line + "...", file=sys.stderr, flush=True)
         except OSError:  # nobody can be told, nor that; but the exit status can
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
-def _flag_option(*flags: str, **more: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    return flags, {"action": "store_true", **more}
-
-
-def _option(*flags: str, **more: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    return flags, more
-
-
 def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**31):
-        raise ValueError(f"{text!r} is not a whole number from 1")
+    if not (text.isascii() and text.isdigit() and len(text) < 11 and 0 < int(text) < 2**31):
+        raise ValueError(f"{shown(text)} is not a whole number from 1")
     return int(text)
 
 
-# The options by name: their flags, and what argparse is told about them. A command names those it has.
-OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "all": _flag_option("--all", help="all of them"),
-    "json": _flag_option("--json", help="one line of JSON each"),
-    "stamps": _flag_option("-t", "--timestamps", dest="stamps", help="the id and a tab first"),
-    "number": _option("-n", "--number", type=_count, metavar="N", help="up to N of them"),
-    "id": _option("-m", "--message-id", type=check_id, dest="id", metavar="ID", help="this message only"),
-    "after": _option("--after", "--since", type=parse_timestamp, metavar="TS", help="newer than this id or time"),
-    "before": _option("--before", type=parse_timestamp, metavar="TS", help="older than this id or time"),
-    "wait": _option(
-        "--wait", type=parse_duration, nargs="?", const=float("inf"), metavar="SECONDS", help="block until one comes"
-    ),
-    "delay": _option("--delay", type=parse_duration, metavar="DURATION", help="not deliverable before that"),
-    "for": _option("--for", type=parse_duration, dest="lease_s", metavar="DURATION", help="length of the lease"),
-    "lease": _option("--lease", type=parse_duration, dest="lease_s", metavar="DURATION", help="of each message (30s)"),
-    "lines": _flag_option("--lines", help="each line of standard input is a message"),
-    "stats": _flag_option("--stats", help="also the total, leased and delayed"),
-    "pattern": _option("--pattern", metavar="GLOB", help="only queues that match"),
-    "jobs": _option("-j", "--jobs", type=_count, metavar="N", help="commands at once (1)"),
-    "max_attempts": _option("--max-attempts", type=_count, metavar="N", help="then dead-letter (5)"),
-    "dead_letter": _option("--dead-letter", metavar="QUEUE", help="where those go (QUEUE.dead)"),
-    "backoff": _option("--backoff", type=parse_duration, metavar="DURATION", help="first delay (0.5s); doubles"),
-    "drain": _flag_option("--drain", help="end when nothing is ready or leased"),
-    "peek": _flag_option("--peek", help="remove nothing"),
-    "move": _option("--move", metavar="DEST", help="move instead of removing"),
-    "dir": _option("-d", "--dir", metavar="DIR", help="directory of the database"),
-    "file": _option("-f", "--file", metavar="FILE", help="database file: absolute, or a name inside DIR"),
-    "quiet": _flag_option("-q", "--quiet", help="no progress; errors are shown"),
+# The options by name: their flags, metavar and rule (none: a flag), help. A command names those it has.
+OPTIONS: dict[str, tuple[str, str, Callable[[str], object], str]] = {
+    "all": ("--all", "", bool, "all of them"),
+    "json": ("--json", "", bool, "one line of JSON each"),
+    "stamps": ("-t --timestamps", "", bool, "the id and a tab first"),
+    "number": ("-n --number", "N", _count, "up to N of them; of work: commands started"),
+    "id": ("-m --message-id --message", "ID", check_id, "this message only"),
+    "after": ("--after --since", "TS", parse_timestamp, "newer than this id or time"),
+    "before": ("--before", "TS", parse_timestamp, "older than this id or time"),
+    "wait": ("--wait", "[DURATION]", parse_duration, "until one comes"),
+    "held": ("--held", "", bool, "also what is leased or delayed"),
+    "delay": ("--delay", "DURATION", parse_duration, "not deliverable before that"),
+    "lease_s": ("--lease --for", "DURATION", parse_duration, "length of the lease (30s)"),
+    "reason": ("--reason", "TEXT", str, "why it failed, in a line"),
+    "dest": ("--to --dead-letter", "QUEUE", str, "the dead-letter queue (QUEUE.dead)"),
+    "source": ("--from", "QUEUE", str, "the dead-letter queue (QUEUE.dead)"),
+    "lines": ("--lines", "", bool, "each line of standard input is a message"),
+    "stats": ("--stats", "", bool, "also the total, leased and delayed"),
+    "pattern": ("-p --pattern", "GLOB", str, "only queues that match"),
+    "queues": ("--queue", "NAME...", str, "to this queue, made if need be; again for more"),
+    "jobs": ("-j --jobs", "N", _count, "commands at once (1)"),
+    "timeout": ("--timeout", "DURATION", parse_duration, "end a command after that"),
+    "exact": ("--exact", "", bool, "give it the body byte for byte, without a newline"),
+    "max_attempts": ("--max-attempts", "N", _count, "then dead-letter (5)"),
+    "backoff": ("--backoff", "DURATION", parse_duration, "first delay (0.5s); doubles"),
+    "drain": ("--drain", "", bool, "end when nothing is ready, leased or waiting for its next attempt"),
+    "peek": ("--peek", "", bool, "remove nothing"),
+    "move": ("--move", "DEST", str, "move instead of removing"),
+    "dir": ("-d --dir", "DIR", str, "directory of the database"),
+    "file": ("-f --file", "FILE", str, "database file: absolute, or a name inside DIR"),
+    "quiet": ("-q --quiet", "", bool, "no progress; errors are shown"),
 }
 GLOBAL_OPTIONS = ("dir", "file", "quiet")  # before or after the command
 _TAKE = "all number id after before json stamps"
+_WORK = "jobs number timeout exact lease_s max_attempts dest backoff drain"
 
 # The commands: what runs them, operands, options, help.
 COMMANDS: dict[str, tuple[Callable[[Options], int | None], str, str, str]] = {
     "write": (run_write, "QUEUE [MESSAGE|-]", "delay lines stamps json", "append a message (none or -: from stdin)"),
     "read": (run_read, "QUEUE", _TAKE + " wait", "print and remove messages"),
-    "peek": (run_peek, "QUEUE", _TAKE + " wait", "print messages"),
-    "move": (run_move, "SOURCE DEST", _TAKE, "move messages to another queue and print them"),
-    "lease": (run_lease, "QUEUE", "for id after before", "hide a message from others and print it with its lease"),
+    "peek": (run_peek, "QUEUE", _TAKE + " wait held", "print messages"),
+    "move": (run_move, "SOURCE DEST", _TAKE, "move messages to another queue and print them (not with -q)"),
+    "rename": (run_rename, "OLD NEW", "", "give all messages of a queue to another name"),
+    "requeue": (run_requeue, "QUEUE", "source number id after before", "move dead letters back; print how many"),
+    "lease": (run_lease, "QUEUE", "lease_s wait id after before", "hide a message from others; print it and its lease"),
     "ack": (lambda o: o.queue().ack(o.lease()), "QUEUE LEASE", "", "acknowledge: remove a leased message"),
-    "release": (lambda o: o.queue().release(o.lease(), delay=o.delay), "QUEUE LEASE", "delay", "give a message back"),
-    "extend": (
-        lambda o: o.queue().extend(o.lease(), o.lease_s), "QUEUE LEASE", "for", "let a lease last"
-    ),
-    "work": (
-        run_work, "QUEUE -- CMD [ARG...]", "jobs lease max_attempts dead_letter backoff drain",
-        "run a command for each message, body on its standard input",
-    ),
+    "release": (run_release, "QUEUE LEASE", "delay reason", "give a leased message back"),
+    "extend": (lambda o: o.queue().extend(o.lease(), o.lease_s), "QUEUE LEASE", "lease_s", "let a lease last longer"),
+    "dead-letter": (run_dead_letter, "QUEUE LEASE", "reason dest", "move a leased message to the dead-letter queue"),
+    "work": (run_work, "QUEUE CMD [ARG...]", _WORK, "run a command for each message, which is on its standard input"),
     "watch": (run_watch, "QUEUE", "peek move after json stamps", "print messages as they come, and remove them"),
     "list": (run_list, "", "stats json pattern", "print the queues and how many messages are ready"),
-    "delete": (run_delete, "[QUEUE]", "id all", "remove the messages of a queue, or of --all"),
-    "broadcast": (run_broadcast, "MESSAGE|-", "pattern", "write a message to every queue that has some"),
+    "delete": (run_delete, "[QUEUE]", "id after before all", "remove the messages of a queue, or of --all"),
+    "broadcast": (run_broadcast, "MESSAGE|-", "pattern queues", "write a message to every queue that has some"),
     "dump": (run_dump, "", "pattern", "print everything as lines of JSON"),
     "load": (run_load, "", "", "read what dump printed; all or nothing"),
     "init": (run_init, "", "", "create the database here"),
-}  # fmt: skip
+    "help": (run_help, "[COMMAND]", "", "print this, or the help of a command"),
+}
 ACTIONS: dict[str, tuple[Callable[[Options], int | None], str]] = {
     "status": (run_status, "print numbers of the whole database (--json)"),
     "vacuum": (run_vacuum, "give unused space back to the file system"),
     "cleanup": (run_cleanup, "delete the database and the files that belong to it"),
     "version": (lambda options: print(f"simplebroker {__version__}"), "print the version"),
 }
+# What those answer that would make a database, or need one, where there is none. Others look only, or wait.
+WITHOUT_DATABASE = {
+    **dict.fromkeys(("move", "rename", "delete", "--status"), NOTHING), "--vacuum": DONE,
+    **dict.fromkeys(("ack", "release", "extend", "dead-letter"), ERROR),
+}  # fmt: skip
 
 
 def parse_arguments(argv: Sequence[str]) -> Options:
     """Options and operands in any order; what follows "--" are operands. UsageError if it makes no sense."""
-    # argparse gives "--" and late operands different meanings in different versions of Python, so it
-    # sees neither: the split is made here, and operands that come after options are what it leaves over.
-    split = argv.index("--") if "--" in argv else len(argv)
-    head, literal = argv[:split], argv[split + 1 :]
-    options, rest = Options(), []
-    if head and head[0] in COMMANDS and not any(word[:1] == "-" != word for word in head):
-        options.command, *rest = head  # no options: starting without argparse takes half the time
-    else:
-        options, rest = _make_parser(head).parse_known_args(head, options)
-    for word in rest:
-        if word.startswith("-") and len(word) > 1 and not word[1].isdigit():
-            raise UsageError(f"unknown option {word!r}: if it is text, write it after '--'; see broker --help")
+    head, literal, place = _split(argv)
+    options, rest = Options(), list(head)
+    if place is not None:
+        options.name = rest.pop(place)
+        if options.name not in COMMANDS:
+            raise UsageError(_unknown(options.name))
+    if place is None or any(word[:1] == "-" != word for word in rest):  # else starting takes half the time
+        rest = _parse_options(options, rest)
     actions = [name for name in ACTIONS if getattr(options, name)]
-    if actions and (options.command or len(actions) > 1):
-        raise UsageError(f"--{actions[0]} stands alone: no command or other action goes with it")
-    if not actions and not options.command:
-        raise UsageError(f"no command: give one of {', '.join(COMMANDS)}; see broker --help")
-    options.run, spec = (*ACTIONS[actions[0]][:1], "") if actions else COMMANDS[options.command][:2]
-    options.operands = [*(options.operands_first or []), *rest, *literal]
-    names = spec.replace("-- ", "").split()
-    needed = [name for name in names if not name.startswith("[")]
-    command = options.command or f"--{actions[0]}"
-    if len(options.operands) < len(needed):
-        raise UsageError(f"{command} needs {' '.join(names)}; see broker {command} --help")
-    if len(options.operands) > len(names) and not spec.endswith("...]"):
-        extra = options.operands[len(names)]
-        raise UsageError(f"{command} takes {spec or 'no operands'}, not {extra[:60]!r} too: quote text with spaces")
+    if len(actions) > 1:
+        raise UsageError(f"--{actions[0]} stands alone: no other action goes with it")
+    if not actions and not options.name:
+        raise UsageError("no command; see broker --help")
+    options.run, spec = (ACTIONS[actions[0]][0], "") if actions else COMMANDS[options.name][:2]
+    options.name = options.name or f"--{actions[0]}"
+    options.operands = [*rest, *literal]
+    _check_operands(options, spec)
     return options
 
 
-def _add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    import argparse
+def _split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str], int | None]:
+    """The words before the first "--", or before CMD of ``work``; those after it; where the command is."""
+    # argparse gives "--" and late operands different meanings in different versions of Python: it sees neither.
+    valued = {flag for row in OPTIONS.values() if row[1][:1] not in ("", "[") for flag in row[0].split()}
+    places: list[int] = []
+    is_value = False
+    for index, word in enumerate(argv):
+        if word == "--":
+            return argv[:index], argv[index + 1 :], places[0] if places else None
+        if is_value or word[:1] == "-" != word:
+            is_value = not is_value and word in valued
+            continue
+        places.append(index)
+        if len(places) == 3 and argv[places[0]] == "work":
+            return argv[:index], argv[index:], places[0]
+    return argv, [], places[0] if places else None
 
-    def checked(parse: Callable[[str], object]) -> Callable[[str], object]:
-        def convert(text: str) -> object:
-            try:
-                return parse(text)
-            except ValueError as error:
-                raise argparse.ArgumentTypeError(str(error)) from None
 
-        return convert
+def _unknown(name: str) -> str:
+    import difflib
 
+    close = difflib.get_close_matches(name[:40], [*COMMANDS, *(f"--{action}" for action in ACTIONS)], 1)
+    return f"unknown command {shown(name)}{f': did you mean {close[0]!r}?' if close else ''}; see broker --help"
+
+
+def _parse_options(options: Options, words: list[str]) -> list[str]:
+    """Set what the options say; return the operands."""
+    help = f"broker {options.name} --help".replace("  ", " ")
+    _place_wait(words)
+    names = (*COMMANDS[options.name][2].split(), *GLOBAL_OPTIONS) if options.name else (*GLOBAL_OPTIONS, "json")
+    known = {flag for name in names for flag in OPTIONS[name][0].split()} | {"-h"}
+    for word in words if options.name in ("write", "broadcast") else ():
+        if word[:1] == "-" != word and word[:2] != "--" and word not in known:
+            raise UsageError(f"{shown(word)} is no option: if it is text, write '--' before it; see {help}")
+    _, operands = _make_parser(options.name, names).parse_known_args(words, options)
     for name in names:
-        flags, details = OPTIONS[name]
-        if "type" in details:
-            details = {**details, "type": checked(details["type"])}
-        parser.add_argument(*flags, **details)
+        value, (flags, _, rule, _) = getattr(options, name), OPTIONS[name]
+        try:
+            if isinstance(value, list) and (not value or [] in value):  # from argparse before Python 3.13
+                raise ValueError("'--' cannot be its value")
+            if isinstance(value, str):
+                setattr(options, name, rule(value))
+        except ValueError as error:
+            raise UsageError(f"{flags.split()[-1]}: {error}; see {help}") from None
+    for word in operands:
+        if word[:1] == "-" != word:
+            raise UsageError(f"unknown option {shown(word)}: if it is text, write '--' before it; see {help}")
+    return operands
 
 
-def _make_parser(head: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser, with the subparsers that these words can need: making all of them takes 6 ms."""
+def _place_wait(words: list[str]) -> None:
+    """Put --wait at the end if the word that follows it cannot be its value."""
+    if "--wait" in words:
+        place = words.index("--wait")
+        try:
+            parse_duration("".join(words[place + 1 : place + 2]))
+        except ValueError:
+            words.append(words.pop(place))
+
+
+def _check_operands(options: Options, spec: str) -> None:
+    """UsageError for too few, too many, or names that are none."""
+    names, operands, help = spec.split(), options.operands, f"see broker {options.name} --help"
+    needed = [name for name in names if not name.startswith("[")]
+    if len(operands) < len(needed):
+        raise UsageError(f"{options.name} needs {spec}; {help}")
+    if len(operands) > len(names) and not spec.endswith("...]"):
+        extra = shown(operands[len(names)])
+        raise UsageError(f"{options.name} takes {spec or 'no operands'}, not {extra}: quote text; {help}")
+    if sum(value is not None for value in (options.id, options.number, options.all)) > 1:
+        raise UsageError("-m, -n and --all exclude each other")
+    queues = [check_queue_name(word) for word, name in zip(operands, names) if name in "[QUEUE] SOURCE DEST OLD NEW"]
+    if len(queues) == 2 and queues[0] == queues[1]:
+        raise UsageError(f"{options.name}: both names are {queues[0]!r}")
+    narrowed = any(options.filters().values())
+    if options.name == "delete" and (bool(options.all) == bool(queues) or (options.all and narrowed)):
+        raise UsageError(f"delete takes a queue, with or without -m, --after and --before, or --all; {help}")
+
+
+def _make_parser(name: str, names: Iterable[str]) -> argparse.ArgumentParser:
+    """The parser of the options of a command; without one, that of the actions."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise UsageError(f"{message}; see broker --help")
+            raise UsageError(f"{message}; see {self.prog} --help")
 
-    everything = "-h" in head or "--help" in head
-    names = [name for name in COMMANDS if everything or name in head] or list(COMMANDS)
-    common: dict[str, Any] = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-    if not everything:  # a formatter is made for each argument; one that need not ask for the width is quick
-        common["formatter_class"] = lambda prog: argparse.HelpFormatter(prog, width=100)
-    parser = Parser("broker", description="A durable message queue in one file.", epilog=HELP_END, **common)
-    if everything:
-        parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    _add_options(parser, (*GLOBAL_OPTIONS, "json"))
-    for action, (_, text) in ACTIONS.items():
+        def print_help(self, file: Any = None) -> None:
+            print(self.format_help(), end="")  # argparse hides that this is impossible
+
+    usage, text = "broker [-d DIR] [-f FILE] [-q] COMMAND ...", "A durable message queue in one file.\n\ncommands:\n"
+    text += "".join(f"  {command:12} {row[3]}\n" for command, row in COMMANDS.items())
+    if name:
+        usage, text = f"broker {name} [options] {COMMANDS[name][1]}".strip(), COMMANDS[name][3]
+    parser = Parser(
+        f"broker {name}".strip(), usage, text[0].upper() + text[1:], HELP_END, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # with a width, or it would import shutil to ask for that of the terminal
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
+    )  # fmt: skip
+    for option in names:
+        flags, metavar, _, about = OPTIONS[option]
+        more: dict[str, Any] = {"action": "store_true"}
+        if metavar:
+            more = {"metavar": metavar}
+        if metavar[:1] == "[":
+            more.update(nargs="?", const=float("inf"), metavar=metavar[1:-1])
+        if metavar[-3:] == "...":
+            more["action"] = "append"
+        parser.add_argument(*flags.split(), dest=option, help=about, **more)
+    for action, (_, text) in () if name else ACTIONS.items():
         parser.add_argument(f"--{action}", action="store_true", help=text)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="broker")
-    for name in names:
-        _, spec, bundle, text = COMMANDS[name]
-        usage = f"broker {name} [options] {spec}"
-        command = commands.add_parser(name, help=text, description=text.capitalize() + ".", usage=usage, **common)
-        _add_options(command, (*bundle.split(), *GLOBAL_OPTIONS))
-        command.add_argument("operands_first", nargs="*", help=argparse.SUPPRESS)
     return parser
 
 
@@ -4144,11 +4283,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_and_exit() -> NoReturn:
     """The command: main(), and the end of the process, without the 6 to 8 ms in which Python would take itself
     apart. All is closed and flushed, and what others have registered with atexit is called."""
-    status = main()
-    import atexit
-
-    atexit._run_exitfuncs()
-    os._exit(flushed(status))
+    atexit.unregister(_end_notifiers)  # nothing that they could hold is needed any more
+    try:
+        status = main()
+        atexit._run_exitfuncs()
+        status = flushed(status)
+    except KeyboardInterrupt:  # in the last moment
+        status = 128 + 2
+    os._exit(status)
 
 
 def flushed(status: int) -> int:
@@ -4166,26 +4308,28 @@ def flushed(status: int) -> int:
 
 def run_command(argv: Sequence[str]) -> int:
     """Parse, run, close."""
-    if sys.version_info[:2] == (3, 12):  # whose first releases warn about numbered parameters, in __main__ visibly
-        import warnings
-
-        warnings.filterwarnings("ignore", "Binding .* is a named parameter", DeprecationWarning)
+    options = parse_arguments(argv or ["--help"])
     try:
-        options = parse_arguments(argv)
-        return options.run(options) or DONE
+        status = WITHOUT_DATABASE.get(options.name)
+        if status is None or options.broker().exists():
+            return options.run(options) or DONE
+        if status == ERROR or options.name == "--status":
+            complain(f"{'error: ' * (status == ERROR)}there is no database {options.broker().path!r}")
+        return status
     finally:
-        if Progress.shown:
-            print(file=sys.stderr)
-        for runner, _ in list(_shared.values()):
-            runner.close()
+        if options.opened is not None:
+            options.opened.close()
 
 
 # One file, and still ``from simplebroker.ext import SQLRunner`` works, also where the file is vendored
-# under another name: a module may register others, as os does with os.path.
+# under another name: a module may register others, as os does with os.path. Run as __main__ it is also
+# "simplebroker", so that a runner's module that imports that finds this one.
 ext = type(sys)(f"{__name__}.ext", "What extensions of SimpleBroker need: runners, ids, errors, SQL.")
 ext.__dict__.update({name: globals()[name] for name in __all__})
 ext.__dict__.update({name: value for name, value in list(globals().items()) if name.isupper() and name[0] != "_"})
-sys.modules[ext.__name__] = ext
+for _name in (__name__, "simplebroker") if __name__ == "__main__" else (__name__,):
+    sys.modules.setdefault(_name, sys.modules[__name__])
+    sys.modules.setdefault(f"{_name}.ext", ext)
 
 if __name__ == "__main__":
     run_and_exit()

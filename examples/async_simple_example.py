@@ -5,7 +5,7 @@
     python async_simple_example.py           # a worker: several orders at a time, one that fails
     python async_simple_example.py batch     # batches: many measurements in one step
 
-Both make a queue in a temporary directory, end by themselves and check their result.
+Both make a queue in a temporary directory, end by themselves and print their result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import signal
 import sys
 import tempfile
 
-from async_pooled_broker import AsyncBrokerCore, AsyncQueue, AsyncWorker, Message
+from async_pooled_broker import AsyncBrokerCore, AsyncQueue, Message
 
 ORDERS = 100
 CONCURRENCY = 8  # orders that are worked on at the same time
@@ -29,31 +29,23 @@ BATCH = 200  # measurements in one step
 BATCH_LEASE_S = 60  # longer than one step ever takes
 
 
-async def write_orders(orders: AsyncQueue) -> None:
-    """The producer. Its tasks write at the same time, so they share commits."""
-    bodies = [json.dumps({"order": n, "price": 10 * n}) for n in range(1, ORDERS)] + ["not an order"]
-    await asyncio.gather(*(orders.write(body) for body in bodies))
-
-
-def stop_on_signals(worker: AsyncWorker) -> None:
+def stop_on_signals(broker: AsyncBrokerCore) -> None:
     """SIGINT and SIGTERM: the running handlers end, then the program does. The other orders stay."""
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
-            asyncio.get_running_loop().add_signal_handler(number, worker.stop)
-        except NotImplementedError:  # Windows: KeyboardInterrupt cancels the worker, which gives back its orders
+            asyncio.get_running_loop().add_signal_handler(number, broker.stop)
+        except NotImplementedError:  # Windows: KeyboardInterrupt cancels the watch, which gives back its orders
             return
 
 
-async def stop_when_empty(orders: AsyncQueue, worker: AsyncWorker) -> None:
+async def stop_when_empty(orders: AsyncQueue) -> None:
     """Only for this demonstration: a service runs until it gets a signal."""
-    try:
-        while (await orders.stats()).total:
-            await asyncio.sleep(0.05)
-    finally:
-        worker.stop()
+    while (await orders.stats()).total:
+        await asyncio.sleep(0.05)
+    orders.broker.stop()
 
 
-async def run_worker(path: str) -> bool:
+async def run_worker(path: str) -> None:
     """Handle every order, several at a time. What fails is tried again, and dead-lettered in the end."""
     async with AsyncBrokerCore(path) as broker:
         orders, receipts = broker.queue("orders"), broker.queue("receipts")
@@ -63,24 +55,19 @@ async def run_worker(path: str) -> bool:
             await asyncio.sleep(0.01)  # the work: a request, a query
             await receipts.write(json.dumps({"order": order["order"], "paid": order["price"]}))
 
-        worker = AsyncWorker(orders, handler, concurrency=CONCURRENCY, max_attempts=MAX_ATTEMPTS, backoff=BACKOFF_S)
-        stop_on_signals(worker)
-        await write_orders(orders)
-        stopping = asyncio.ensure_future(stop_when_empty(orders, worker))
-        await worker.run()
-        stopping.cancel()
-
-        paid = sum(json.loads(receipt)["paid"] for receipt in await receipts.read_many(2 * ORDERS))
+        stop_on_signals(broker)
+        bodies = [json.dumps({"order": n, "price": 10 * n}) for n in range(1, ORDERS)]
+        await orders.write_many([*bodies, "not an order"])
+        watch = orders.watch(handler, concurrency=CONCURRENCY, max_attempts=MAX_ATTEMPTS, backoff=BACKOFF_S)
+        await asyncio.gather(watch, stop_when_empty(orders))
+        paid = [json.loads(receipt)["paid"] for receipt in await receipts.read_many(2 * ORDERS)]
         dead = await broker.queue("orders.dead").read()
-        left = (await orders.stats()).total
-    print(f"orders handled: {worker.handled}, attempts failed: {worker.failed}, dead-lettered: {worker.dead_lettered}")
-    print(f"paid: {paid}, dead letter: {dead}, left: {left}")
-    expected = (ORDERS - 1, MAX_ATTEMPTS, 1, sum(10 * n for n in range(1, ORDERS)), "not an order", 0)
-    return (worker.handled, worker.failed, worker.dead_lettered, paid, dead, left) == expected
+    print(f"receipts: {len(paid)}, paid: {sum(paid)}")
+    print(f"dead letter: {dead}, because: {dead.reason if dead else None}")
 
 
-async def run_batches(path: str) -> bool:
-    """Take measurements in batches, do one step for each batch, and acknowledge it with one commit."""
+async def run_batches(path: str) -> None:
+    """Take measurements in batches, do one step for each batch, and acknowledge it; the tasks share commits."""
     total = batches = 0
     async with AsyncBrokerCore(path) as broker:
         measurements = broker.queue("measurements")
@@ -90,14 +77,12 @@ async def run_batches(path: str) -> bool:
             total += sum(int(message) for message in batch)  # the step: one insert into another database, ...
             await asyncio.gather(*(measurements.ack(message) for message in batch))
             batches += 1
-
         left = (await measurements.stats()).total
     print(f"batches: {batches}, sum: {total}, left: {left}")
-    return (batches, total, left) == (-(-MEASUREMENTS // BATCH), sum(range(MEASUREMENTS)), 0)
 
 
 def main() -> int:
-    """Run one of the two; the exit status tells whether the result is right."""
+    """Run one of the two."""
     logging.basicConfig(level=logging.CRITICAL)  # the failing order is meant; a service logs it
     examples = {"worker": run_worker, "batch": run_batches}
     choice = sys.argv[1] if len(sys.argv) > 1 else "worker"
@@ -105,9 +90,8 @@ def main() -> int:
         print(f"usage: {sys.argv[0]} [{'|'.join(examples)}]", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as directory:
-        correct = asyncio.run(examples[choice](os.path.join(directory, "broker.db")))
-    print("correct" if correct else "not as expected, or stopped early")
-    return 0 if correct else 1
+        asyncio.run(examples[choice](os.path.join(directory, "broker.db")))
+    return 0
 
 
 if __name__ == "__main__":

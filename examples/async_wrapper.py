@@ -7,443 +7,254 @@
         async for message in broker.stream_messages("tasks"):    # at least once; waits for more
             await work(message)                                  # acknowledged when the loop asks for the next
 
-    python async_wrapper.py
-
-One thread makes all calls of an AsyncBroker, in the order in which they were made: on one SQLite connection, more
-threads would only wait for each other. A second thread waits for changes, for everybody: any number of tasks can wait
-for messages, and none of them keeps a thread. Use an AsyncBroker in one event loop.
-
-Cancelling is safe. A cancelled pop() removes nothing. A stream or watch that is left gives back what it holds. Only of
-a cancelled push() it is not known whether it has written.
+Calls run in a few threads, which share the syncs of the disk. One more thread waits for changes, for all tasks: however
+many tasks wait for a queue, it looks once for each queue and change. A call that has begun is finished, also when its
+task is cancelled: what was acknowledged does not come again. A cancelled pop() puts its message back, and a stream that
+is left gives back what it holds. Use an AsyncBroker in one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
-import logging
 import math
 import os
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 # Find simplebroker.py beside this file or one directory above it. Not needed when it is installed.
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(d) for d in (HERE, HERE.parent) if (d / "simplebroker.py").exists()]
 
-from simplebroker import (  # noqa: E402
-    INSERT_LOADED,
-    Broker,
-    LeaseKeeper,
-    LeaseLost,
-    Message,
-    OperationalError,
-    Queue,
-    Settings,
-    UsageError,
-    default_error_handler,
-)
+from simplebroker import Broker, BrokerError, LeasesInFlight, Message, QueueWatcher, UsageError, ext  # noqa: E402
 
-LEASE_S = 30.0  # renewed in the background while a message is worked on
-MAX_ATTEMPTS = 5
-BACKOFF_S = 0.5  # before the second attempt; doubles with each further one, up to MAX_BACKOFF_S
-MAX_BACKOFF_S = 300.0
-BUSY_PAUSE_S = 0.5  # how long a watch pauses when the database is busy or full, before it goes on
-
-log = logging.getLogger("async_wrapper")
-Handler = Callable[[Message, int], object]
-ErrorHandler = Callable[[BaseException, Message, int], Optional[bool]]
-Look = Callable[[], Awaitable[list[Message]]]
+THREADS = 8
+PAUSE_S = 0.1  # between two looks of close() at what still runs, and of the listener at a busy database
 
 
 class AsyncBroker:
     """All queues of one database, for one event loop. ``path`` is as in ``Queue(name, path)``."""
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, *, settings: Settings | None = None) -> None:
-        self._broker = Broker(path, settings=settings)
-        self._thread = ThreadPoolExecutor(1, "async-broker")
-        self._cleanup = ExitStack()  # run in the thread by close(), last in first out
-        self._cleanup.callback(self._broker.close)
-        self._listening = False
-        self._waiters: set[asyncio.Event] = set()  # set at every change of the database
-        self._consumers: set[_Consumer] = set()  # of open streams and watches
-        self._running: dict[asyncio.Future[None], asyncio.Task[Any] | None] = {}  # what close() waits for
-        self._stopping = False
-        self._end: Future[None] | None = None  # of the thread, once close() has come that far
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.broker = Broker(path)
+        self._pool = ThreadPoolExecutor(THREADS, "async-broker")
+        self._waiting: dict[asyncio.Future[None], str] = {}  # of each task that waits, the oldest first -> its queue
+        self._users: dict[_Stream | QueueWatcher, Any] = {}  # open streams and watches -> the task that is in it
+        self._stopping = self._closed = False
 
     async def __aenter__(self) -> AsyncBroker:
+        self._loop = asyncio.get_running_loop()
+        self._waiter = await self.call(self.broker.waiter)  # what the listener sleeps on
+        self._listener = threading.Thread(target=self._listen, name="async-broker-listener", daemon=True)
+        self._listener.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    # -- one message
-
     async def push(self, queue: str, body: str, *, delay: float | None = None) -> int:
         """Append a message and return its id. It is durable when this returns."""
-        id: int = await self._call(lambda: self._broker.queue(queue).write(body, delay=delay))
-        return id
+        return await self.call(lambda: self.broker.queue(queue).write(body, delay=delay))
 
-    async def pop(self, queue: str, *, wait: float | None = None) -> Message | None:
-        """Remove the first message and return it (at most once); None if there is none.
+    async def pop(self, queue: str, *, wait: float = 0) -> Message | None:
+        """Remove and return the first message (at most once). None if none came in so many seconds, or stop()."""
+        source, found = self.broker.queue(queue), []
 
-        ``wait``: wait up to that many seconds for one (math.inf: until stop()). A cancelled pop removes nothing.
-        """
-        source = self._broker.queue(queue)
-        with self._in_use():
-            found = await self._wait_for(lambda: self._call(lambda: _take_one(source), undo=self._put_back), wait)
+        def take() -> list[Message]:
+            found.extend(source.read_many(1) if source.has_pending() else [])
+            return found
+
+        def put_back() -> None:  # in a broker of its own: ours may be closed by now
+            with Broker(self.broker.path) as broker:
+                rows = [(each.id, queue, str(each), None, each.attempt, each.reason) for each in found]
+                broker.transact(lambda run: [run(ext.INSERT_LOADED, row) for row in rows])
+
+        try:
+            await self._find(queue, take, wait)
+        except asyncio.CancelledError:
+            await _finish(self._loop.run_in_executor(None, put_back))
+            raise
         return found[0] if found else None
 
     async def peek(self, queue: str) -> Message | None:
         """Return the first message, or None; nothing is removed."""
-        found: Message | None = await self._call(lambda: self._broker.queue(queue).peek())
-        return found
+        return await self.call(self.broker.queue(queue).peek)
 
     async def size(self, queue: str) -> int:
         """How many messages are ready (approximate while others write)."""
-        count: int = await self._call(lambda: self._broker.queue(queue).count())
-        return count
-
-    # -- many messages
+        return await self.call(self.broker.queue(queue).count)
 
     async def stream_messages(
-        self, queue: str, *, lease: float = LEASE_S, wait: float | None = math.inf
-    ) -> AsyncGenerator[Message, None]:
+        self, queue: str, *, lease: float = ext.DEFAULT_LEASE_S, wait: float = math.inf
+    ) -> AsyncIterator[Message]:
         """``async for message in broker.stream_messages(queue)``: at least once.
 
-        A message is acknowledged when the loop asks for the next one. When the loop is left (break, error,
-        cancellation), the message in hand is given back, and its ``attempt`` counts; those that were fetched ahead are
-        given back as if nobody had had them. This happens when the generator is closed: CPython does that at once,
-        PyPy at some time, contextlib.aclosing() at the end of its block.
-
-        ``wait``: end after so many seconds without a message; None: end when the queue is empty. stop() ends it too.
+        A message is acknowledged when the loop asks for the next one. When the loop is left, the one in hand is given
+        back: CPython does that at once, PyPy later, contextlib.aclosing() at its end. Ends after ``wait`` idle seconds.
         """
-        async with self._consumer(queue, lease) as consumer:
-            while True:
-                batch = await self._wait_for(lambda: self._call(consumer.take), wait)
+        stream = _Stream(self.broker.queue(queue), lease)
+        stream.keep_alive()
+        self._users[stream] = asyncio.current_task()
+        try:
+            while batch := await self._find(queue, stream.take, wait):
                 for message in batch:
                     if self._stopping:
                         return
-                    consumer.in_hand = message
+                    stream.in_hand = message
                     yield message
-                    await self._call(lambda: consumer.acknowledge(message))  # noqa: B023 (called before the next)
-                if not batch:
-                    return
+                    stream.in_hand = None
+                    await self.call(lambda: stream.ack(message))  # noqa: B023 (it is called before the next)
+        finally:
+            if not self._closed:  # otherwise close() does it
+                await self.call(stream.close)
+            del self._users[stream]
 
-    async def watch_queue(
-        self,
-        queue: str,
-        handler: Handler,
-        *,
-        lease: float = LEASE_S,
-        max_attempts: int = MAX_ATTEMPTS,
-        dead_letter: str | None = None,
-        backoff: float = BACKOFF_S,
-        error_handler: ErrorHandler = default_error_handler,
-    ) -> None:
+    async def watch_queue(self, queue: str, handler: Callable[[Message, int], Any], **options: Any) -> None:
         """Call ``await handler(message, timestamp)`` for every message, at least once, until stop() or cancelled.
 
-        One at a time; run several watches for more. A plain function will do if it does not block. When the handler
-        raised, ``error_handler(error, message, timestamp)`` decides. True: dealt with, acknowledge. None: give it back
-        with a growing delay, and after ``max_attempts`` move it to ``dead_letter`` (QUEUE.dead). False: give it back
-        and end this watch.
+        It is a QueueWatcher in a thread of its own, with its options: max_attempts, error_handler, backoff and so on.
+        The handler runs in the event loop, one message at a time, and is finished before the watch ends.
         """
-        if dead_letter is not None:
-            self._broker.queue(dead_letter)  # checks the name
-        rules = _Rules(handler, error_handler, max_attempts, dead_letter, backoff)
-        with self._in_use():
-            async with self._consumer(queue, lease) as consumer:
-                while not self._stopping:
-                    try:
-                        batch = await self._wait_for(lambda: self._call(consumer.take), math.inf)
-                        if not await self._handle_batch(consumer, batch, rules):
-                            return
-                    except OperationalError as error:  # busy, or a full disk: nothing is lost, go on later
-                        log.warning("watch of %s: %s", queue, error)
-                        await asyncio.sleep(BUSY_PAUSE_S)
 
-    async def _handle_batch(self, consumer: _Consumer, batch: list[Message], rules: _Rules) -> bool:
-        """False: the watch has to end."""
-        for message in batch:
-            settle = None if self._stopping else await rules.apply(consumer, message)
-            if settle is None:
-                return False
-            await self._call(settle)
-        return True
+        def call(message: Message, timestamp: int) -> None:
+            asyncio.run_coroutine_threadsafe(handler(message, timestamp), self._loop).result()
 
-    # -- the end
+        watcher = QueueWatcher(queue, call, db=self.broker, **options)
+        self._users[watcher] = asyncio.current_task()
+        thread = ThreadPoolExecutor(1, f"async-broker-watch-{queue}")
+        try:
+            if not self._stopping:
+                await _finish(self._loop.run_in_executor(thread, watcher.watch), watcher.request_stop)
+        finally:
+            thread.shutdown(wait=False)
+            del self._users[watcher]
 
     def stop(self) -> None:
-        """End all waiting, streams and watches after the messages that they have in hand. Returns at once."""
+        """End all waiting, and streams and watches after the message that they have in hand. Returns at once."""
         self._stopping = True
-        self._wake()
+        self._wake(set())
+        for watcher in [user for user in self._users if isinstance(user, QueueWatcher)]:
+            watcher.request_stop()
 
     async def close(self) -> None:
-        """stop(), wait for the handlers of watches, give back what is leased, and close the database.
+        """stop(), wait until streams and watches have ended, and close the database. A handler calls stop() instead.
 
-        In a handler call stop() instead. Closing twice is allowed.
+        A stream that its task has left, or that this task is in, is not waited for: it gives back what it holds.
         """
-        if asyncio.current_task() in self._running.values():
-            raise RuntimeError("close() inside a handler would wait for itself: call stop()")
         self.stop()
         try:
-            while self._running:
-                await asyncio.wait(self._running)
+            mine = asyncio.current_task()
+            while busy := {task for task in self._users.values() if task is not mine and not task.done()}:
+                await asyncio.wait(busy, timeout=PAUSE_S)
         finally:
-            if self._end is None:
-                for consumer in self._consumers:
-                    self._cleanup.callback(consumer.close)
-                self._end = self._thread.submit(self._cleanup.close)
-                self._thread.shutdown(wait=False)
-            await asyncio.shield(asyncio.wrap_future(self._end))
+            self._closed = True
+            await _finish(self._loop.run_in_executor(None, self._close))
 
-    # -- how it works
+    def _close(self) -> None:
+        for stream in [user for user in self._users if isinstance(user, _Stream)]:
+            stream.close()
+        self._waiter.wake()
+        self._listener.join()
+        self._pool.shutdown()
+        self.broker.close()
 
-    async def _call(self, function: Callable[[], Any], *, undo: Callable[[Any], None] | None = None) -> Any:
-        """Run a function in the thread. ``undo(result)`` is run there if the caller was cancelled meanwhile."""
-        if self._end is not None:
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """Run a function in a thread, such as ``broker.broker.queue("tasks").requeue``."""
+        if self._closed:
             raise UsageError("the AsyncBroker was closed: make a new one")
-        job = self._thread.submit(function)
+        return await _finish(self._loop.run_in_executor(self._pool, function))
+
+    async def _find(self, queue: str, take: Callable[[], list[Message]], wait: float) -> list[Message]:
+        """What take() finds; if that is nothing, try again when there may be something, for so many seconds."""
+        deadline, ready = self._loop.time() + wait, None
         try:
-            return await asyncio.wrap_future(job)
-        except asyncio.CancelledError:
-            if undo is not None and not job.cancel():  # too late to stop it: it is running, or done
-                self._thread.submit(_undo, job, undo)  # comes after it, and before what is asked for later
-            raise
-
-    async def _wait_for(self, look: Look, seconds: float | None) -> list[Message]:
-        """What look() finds; if that is nothing, look again at every change, for so many seconds."""
-        if seconds is None:
-            return await look()
-        loop = asyncio.get_running_loop()
-        changed = asyncio.Event()
-        over = False
-
-        def end() -> None:
-            nonlocal over
-            over = True
-            changed.set()
-
-        if not self._listening:
-            await self._call(lambda: self._listen(loop))
-        timer = loop.call_later(seconds, end) if seconds < math.inf else None
-        self._waiters.add(changed)
-        try:
-            while True:
-                changed.clear()
-                last_look = over or self._stopping
-                found = await look()
-                if found or last_look:
-                    return found
-                await changed.wait()
+            while not (found := await self.call(take)) and self._loop.time() < deadline and not self._stopping:
+                ready = self._loop.create_future()
+                self._waiting[ready] = queue
+                self._waiter.wake()  # this queue is to be looked at too
+                await asyncio.wait([ready], timeout=None if wait == math.inf else deadline - self._loop.time())
+                if self._waiting.pop(ready, None) or self._stopping:  # the time is over
+                    break
+            return found
         finally:
-            self._waiters.discard(changed)
-            if timer is not None:
-                timer.cancel()
+            self._waiting.pop(ready, None)
+            if queue in self._waiting.values():  # there may be a message for the next task too
+                self._waiter.wake()
 
-    def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Start the thread that passes changes on. Called in the one thread, so never twice at once."""
-        if self._listening:
-            return
-        self._listening = True
-        alarm = self._cleanup.enter_context(self._broker.alarm())  # before anybody looks: no change is missed
-
-        def pass_on() -> None:
-            while alarm.wait() and self._listening:
+    def _listen(self) -> None:
+        """The listener: at every change, look at each queue for which tasks wait, and wake the first of its tasks."""
+        with self._waiter:
+            while not self._closed and not self._loop.is_closed():
                 try:
-                    loop.call_soon_threadsafe(self._wake)
-                except RuntimeError:  # the event loop was closed without close(): nobody waits any more
-                    return
+                    looks = {name: self.broker.queue(name).look() for name in {*list(self._waiting.values())}}
+                except BrokerError:  # busy, or out of reach for a while: the tasks meet the same error
+                    looks = dict.fromkeys(list(self._waiting.values()), (True, PAUSE_S))
+                if pending := {name for name, (is_pending, _) in looks.items() if is_pending}:
+                    self._loop.call_soon_threadsafe(self._wake, pending)
+                self._waiter.wait(min([pause for _, pause in looks.values()], default=None))
 
-        def end() -> None:
-            self._listening = False
-            alarm.wake()
-            listener.join()
-
-        listener = threading.Thread(target=pass_on, name="async-broker-changes", daemon=True)
-        listener.start()
-        self._cleanup.callback(end)
-
-    def _wake(self) -> None:
-        for changed in self._waiters:
-            changed.set()
-
-    @contextmanager
-    def _in_use(self) -> Iterator[None]:
-        """close() waits for the end of the block."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._running[done] = asyncio.current_task()
-        try:
-            yield
-        finally:
-            del self._running[done]
-            done.set_result(None)
-
-    @asynccontextmanager
-    async def _consumer(self, queue: str, lease_s: float) -> AsyncIterator[_Consumer]:
-        consumer = _Consumer(self._broker.queue(queue), lease_s)
-        self._consumers.add(consumer)
-        try:
-            await self._call(consumer.open)
-            yield consumer
-        finally:
-            self._consumers.discard(consumer)
-            if self._end is None:  # otherwise close() has done it
-                await asyncio.shield(asyncio.wrap_future(self._thread.submit(consumer.close)))
-
-    def _put_back(self, messages: list[Message]) -> None:
-        """Put messages that were taken in vain back to their places."""
-        with self._broker.transaction() as run:
-            for message in messages:
-                run(INSERT_LOADED, (message.id, message.queue, str(message), None, message.attempt))
+    def _wake(self, pending: set[str]) -> None:
+        """Let the first task that waits for each of these queues try; all tasks after stop()."""
+        for ready, queue in list(self._waiting.items()):
+            if self._stopping or queue in pending:
+                pending.discard(queue)
+                del self._waiting[ready]
+                ready.set_result(None)
 
 
-class _Consumer:
-    """The leases of one stream or watch. The methods are for the thread."""
+class _Stream(LeasesInFlight):
+    """The leases of a stream, and the message that its loop has in hand."""
 
-    def __init__(self, queue: Queue, lease_s: float) -> None:
-        self.queue = queue
-        self.in_hand: Message | None = None
-        self._keeper = LeaseKeeper(queue, lease_s)
-        self._open = ExitStack()
-
-    def open(self) -> None:
-        self._open.enter_context(self._keeper)
-
-    def take(self) -> list[Message]:
-        """Lease some: few while they are worked on slowly, more while fast."""
-        self._keeper.give_back()  # what an error has left over; usually nothing
-        return self._keeper.take()
-
-    def acknowledge(self, message: Message) -> None:
-        self.in_hand = None
-        self._keeper.acknowledge(message)  # a lost lease is logged
-
-    def release(self, message: Message, delay: float | None = None) -> None:
-        self._settle(message, lambda: self.queue.release(message, delay=delay))
-
-    def bury(self, message: Message, dead_letter: str | None) -> None:
-        log.warning("message %d of %s is moved to its dead-letter queue", message.id, message.queue)
-        self._settle(message, lambda: self.queue.dead_letter(message, dead_letter))
+    in_hand = None
 
     def close(self) -> None:
-        """Give back what is left."""
-        with self._open:
-            if self.in_hand is not None:
-                self.release(self.in_hand)
+        """Give back what is left: the message in hand, whose attempt counts, and those that nobody has seen."""
+        with self:
+            message, self.in_hand = self.in_hand, None
+            if message is not None:
+                self.release(message)
 
-    def _settle(self, message: Message, action: Callable[[], None]) -> None:
-        self.in_hand = None
-        self._keeper.settle(message)
+
+async def _finish(job: asyncio.Future[Any], on_cancel: Callable[[], None] = lambda: None) -> Any:
+    """Wait for a job to its end, also when the task is cancelled meanwhile."""
+    cancelled = None
+    while not job.done():
         try:
-            action()
-        except LeaseLost as error:
-            log.warning("queue %s: %s", message.queue, error)
-
-
-class _Rules:
-    """What a watch does with a message."""
-
-    def __init__(
-        self,
-        handler: Handler,
-        error_handler: ErrorHandler,
-        max_attempts: int,
-        dead_letter: str | None,
-        backoff_s: float,
-    ) -> None:
-        self._handler = handler
-        self._error_handler = error_handler
-        self._max_attempts = max_attempts
-        self._dead_letter = dead_letter
-        self._backoff_s = backoff_s
-
-    async def apply(self, consumer: _Consumer, message: Message) -> Callable[[], None] | None:
-        """Call the handler; return what settles the message, or None to end the watch."""
-        if message.attempt > self._max_attempts:  # it killed its consumers before they could say so
-            return lambda: consumer.bury(message, self._dead_letter)
-        try:
-            result = self._handler(message, message.id)
-            if inspect.isawaitable(result):
-                await result
-        except Exception as error:  # noqa: BLE001 (whatever a handler raises is for the error handler)
-            verdict = self._judge(error, message)
-            if verdict is False:
-                consumer.in_hand = message
-                return None
-            if verdict is None and message.attempt >= self._max_attempts:
-                return lambda: consumer.bury(message, self._dead_letter)
-            if verdict is None:
-                delay = min(MAX_BACKOFF_S, self._backoff_s * 2.0 ** min(message.attempt - 1, 60))
-                return lambda: consumer.release(message, delay)
-        return lambda: consumer.acknowledge(message)
-
-    def _judge(self, error: Exception, message: Message) -> bool | None:
-        try:
-            verdict = self._error_handler(error, message, message.id)
-        except Exception as second:  # noqa: BLE001 (logged, and the message is tried again)
-            verdict = default_error_handler(second, message, message.id)
-        return verdict if isinstance(verdict, bool) else None
-
-
-def _take_one(queue: Queue) -> list[Message]:
-    return queue.read_many(1) if queue.has_pending() else []  # looking first does not wait for writers
-
-
-def _undo(job: Future[Any], undo: Callable[[Any], None]) -> None:
-    if job.exception() is None:
-        try:
-            undo(job.result())
-        except Exception:
-            log.exception("a call was cancelled, and what it had done could not be undone: %r", job.result())
+            await asyncio.wait([job])  # which does not cancel the job
+        except asyncio.CancelledError as error:
+            cancelled = error
+            on_cancel()
+    if cancelled is None:
+        return job.result()
+    raise cancelled from job.exception()
 
 
 async def demonstrate(db: Path) -> None:
-    """One after the other: single messages, workers that share a stream, a watch with failures, cancelling."""
+    """Workers that share a queue, a watch whose handler fails, and a wait."""
+    done: list[str] = []
     async with AsyncBroker(db) as broker:
-        await broker.push("greetings", "hello")
-        await broker.push("greetings", "goodbye")
-        print("size:", await broker.size("greetings"), "peek:", await broker.peek("greetings"))
-        print("pop:", await broker.pop("greetings"), await broker.pop("greetings"), await broker.pop("greetings"))
-
-        done: list[str] = []
+        await asyncio.gather(*(broker.push("jobs", str(number)) for number in range(30)))  # they share syncs
 
         async def worker() -> None:
-            async for message in broker.stream_messages("jobs", wait=None):  # None: end when the queue is empty
-                await asyncio.sleep(0)  # the work
+            async for message in broker.stream_messages("jobs", wait=0):  # 0: end when the queue is empty
                 done.append(message)
 
-        for number in range(30):
-            await broker.push("jobs", str(number))
-        await asyncio.gather(*(worker() for _ in range(3)))
+        await asyncio.gather(worker(), worker(), worker())
         print("jobs:", len(done), "different:", len(set(done)), "left:", await broker.size("jobs"))
 
         async def handler(message: Message, timestamp: int) -> None:
-            if message == "bad":
-                raise ValueError(f"cannot handle {str(message)!r}, attempt {message.attempt}")
-            print("watch:", message)
+            raise ValueError("no such job")
 
-        for body in ("good", "bad", "fine"):
-            await broker.push("work", body)
-        watch = asyncio.create_task(broker.watch_queue("work", handler, max_attempts=2, backoff=0.05))
-        print("dead:", await broker.pop("work.dead", wait=30.0))
-
-        waiting = asyncio.create_task(broker.pop("later", wait=math.inf))
-        await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.wait([waiting])
-        await broker.push("later", "not lost")
-        print("cancelled:", waiting.cancelled(), "later:", await broker.pop("later"))
-    print("watch ended:", watch.done() and watch.exception() is None)  # leaving the block stopped it
+        watch = asyncio.create_task(broker.watch_queue("work", handler, max_attempts=2, error_handler=print))
+        await broker.push("work", "bad")
+        dead = await broker.pop("work.dead", wait=30.0)
+    print("watch ended:", watch.done(), "dead:", dead, "because:", dead.reason)  # leaving the block stopped it
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.CRITICAL)  # the demonstration fails on purpose: do not show the tracebacks
     with tempfile.TemporaryDirectory() as directory:
         asyncio.run(demonstrate(Path(directory, "broker.db")))

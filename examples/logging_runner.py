@@ -6,7 +6,8 @@
 A runner is what the broker knows of a database: five methods. All statements that it can be asked for are constants of
 simplebroker.ext, so a log can name them. The parameters are not logged: they hold the bodies of messages.
 
-Who waits for a message through a runner of one's own hears no doorbell and finds it within BROKER_MAX_INTERVAL (0.1 s).
+Everything else has a default. Two of them are passed on here: the path, and the notifier, which wakes who waits for a
+message. (By default a waiter looks by itself, ten times a second.)
 """
 
 from __future__ import annotations
@@ -42,7 +43,13 @@ class LoggingRunner(SQLRunner):
 
     def __init__(self, runner: SQLRunner) -> None:
         self._runner = runner
+        self.path = runner.path
         self.counts: Counter[str] = Counter()  # (approximate while several threads use the runner)
+
+    @property
+    def notifier(self) -> Any:
+        """The notifier of the wrapped runner."""
+        return self._runner.notifier
 
     def run(self, sql: str, params: Sequence[Any] = (), *, fetch: bool = False) -> Any:
         """Execute one statement; return its rows if fetch."""

@@ -15,13 +15,12 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -31,18 +30,21 @@ sys.path[:0] = [str(d) for d in (HERE, HERE.parent) if (d / "simplebroker.py").e
 
 from simplebroker import (  # noqa: E402
     Broker,
-    LeaseKeeper,
     LeaseLost,
+    LeasesInFlight,
     Message,
     OperationalError,
     Queue,
+    StopSignals,
+    backoff_s,
+    check_reason,
     default_error_handler,
+    describe,
 )
 
-LEASE_S = 30.0  # renewed in the background while a handler runs
+LEASE_S = 30.0  # extended in the background while a handler runs
 MAX_ATTEMPTS = 5
-BACKOFF_S = 0.5  # before the second attempt; doubles with each further one, up to MAX_BACKOFF_S
-MAX_BACKOFF_S = 300.0
+BACKOFF_S = 0.5  # before the second attempt; doubles with each further one, up to 300
 BUSY_PAUSE_S = 0.5  # how long the watcher pauses when the database is busy or full, before it goes on
 
 log = logging.getLogger("multi_queue_watcher")
@@ -62,7 +64,7 @@ class MultiQueueWatcher:
                           it back and stop the watcher
     db                    a path, a Broker (which stays the caller's), or None for the default
     error_handler         for the queues that have none of their own; the default logs and returns None
-    lease                 seconds; renewed in the background while a handler runs
+    lease                 seconds; extended in the background while a handler runs
     max_attempts          after so many failed attempts a message moves to ``dead_letter`` (QUEUE.dead)
     backoff               seconds before the second attempt; doubles with each further one, up to 300; 0: at once
     """
@@ -86,8 +88,6 @@ class MultiQueueWatcher:
         if not (max_attempts >= 1 and 0 <= backoff < math.inf):
             raise ValueError("max_attempts must be at least 1 and backoff not negative")
         self.broker = db if isinstance(db, Broker) else Broker(db)
-        if dead_letter is not None:
-            self.broker.queue(dead_letter)  # checks the name
         self.rounds = 0  # begun so far
         self._owns_broker = not isinstance(db, Broker)
         self._default_handler = default_handler
@@ -102,7 +102,7 @@ class MultiQueueWatcher:
         self._removed: list[_Entry] = []  # their leases are still to be closed
         self._busy: str | None = None  # the queue whose turn it is
         self._stopping = False
-        self._alarm: Any = None  # what an idle watcher sleeps on
+        self._waiter: Any = None  # what an idle watcher sleeps on
         self._thread: threading.Thread | None = None  # started by run_in_thread()
         self._worker: threading.Thread | None = None  # the one that is in watch()
         handlers, error_handlers = dict(queue_handlers or {}), dict(queue_error_handlers or {})
@@ -126,6 +126,8 @@ class MultiQueueWatcher:
         if not (callable(handler) and callable(error_handler)):
             raise TypeError(f"the handlers of {name!r} must be callable")
         entry = _Entry(self.broker.queue(name), handler, error_handler, self._lease)
+        if self._dead_letter is not None:
+            entry.queue.check_dead_letter(self._dead_letter)  # not the queue itself
         with self._guard:
             if name in self._entries:
                 raise ValueError(f"queue {name!r} is watched already")
@@ -153,16 +155,15 @@ class MultiQueueWatcher:
     def watch(self, *, drain: bool = False) -> None:
         """Handle messages until stopped; with ``drain``, until nothing is ready in any queue. Blocks.
 
-        In the main thread SIGINT and SIGTERM stop it: the current handler ends, then this returns. A watcher that has
-        stopped is not started again: make a new one.
+        In the main thread SIGINT, SIGTERM and SIGHUP stop it: the current handler ends, then this returns. A watcher
+        that has stopped is not started again: make a new one.
         """
         with self._guard:
             if self._worker is not None:
                 raise RuntimeError("this watcher is running already, or has run: make a new one")
             self._worker = threading.current_thread()
         try:
-            with _on_stop_signals(self.request_stop), self.broker.alarm() as alarm:
-                self._alarm = alarm
+            with StopSignals(lambda number: self.request_stop()), self.broker.waiter() as self._waiter:
                 try:
                     self._run(drain)
                 finally:
@@ -200,53 +201,54 @@ class MultiQueueWatcher:
     # -- the loop
 
     def _run(self, drain: bool) -> None:
-        empty: set[str] = set()  # queues that had nothing since the last change: idle ones do not slow busy ones down
+        quiet: dict[str, float] = {}  # queues that had nothing -> when to look again: they do not slow busy ones down
         while not self._stopping:
-            skipping = bool(empty)
+            skipping = bool(quiet)
             try:
-                handled = self._round(empty)
+                handled = self._round(quiet)
             except OperationalError as error:  # busy, or a full disk: nothing is lost, go on later
                 log.warning("%s", error)
                 self._pause(BUSY_PAUSE_S)
-                empty.clear()
+                quiet.clear()
                 continue
             if handled:
-                if self._alarm.wait(0):  # something changed
-                    empty.clear()
+                if self._waiter.wait(0):  # something changed
+                    quiet.clear()
                 continue
-            empty.clear()
+            pause = min(quiet.values(), default=math.inf) - time.monotonic()
+            quiet.clear()
             if not skipping:  # a whole round found nothing, and if something came since then, wait() returns at once
                 if drain:
                     return
-                self._alarm.wait()
+                self._waiter.wait(max(0.0, pause))
 
-    def _round(self, empty: set[str]) -> bool:
-        """Take one message of each queue. False if there was none; queues without one join the empty ones."""
+    def _round(self, quiet: dict[str, float]) -> bool:
+        """Take one message of each queue. False if there was none; queues without one join the quiet ones."""
         self.rounds += 1
         self._close_leases()
         handled = False
         for name in self.plan():
             if self._stopping:
                 break
-            if name not in empty:
-                if self._turn(name):
-                    handled = True
-                else:
-                    empty.add(name)
+            if quiet.get(name, 0.0) <= time.monotonic():
+                pause = self._turn(name)
+                handled = handled or pause is None
+                quiet[name] = 0.0 if pause is None else time.monotonic() + pause
         return handled
 
-    def _turn(self, name: str) -> bool:
-        """Handle one message of a queue. False if there is none."""
+    def _turn(self, name: str) -> float | None:
+        """Handle one message of a queue. If there is none, return in how many seconds it is time to look again."""
         with self._guard:
             entry = self._entries.get(name)
             if entry is None:  # removed since the round began
-                return False
+                return 0.0
             self._busy = name
         try:
-            batch = entry.take()
+            pending, pause = entry.queue.look()
+            batch = entry.take() if pending else []
             for message in batch:
                 self._handle(entry, message)
-            return bool(batch)
+            return None if batch else pause
         finally:
             with self._guard:
                 self._busy = None
@@ -259,49 +261,54 @@ class MultiQueueWatcher:
             if of_all:
                 closing += self._entries.values()
         for entry in closing:
-            entry.leases.close()
+            entry.open.close()
 
     def _wake(self) -> None:
-        if self._alarm is not None:
-            self._alarm.wake()
+        if self._waiter is not None:
+            self._waiter.wake()
 
     def _pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while not self._stopping and time.monotonic() < deadline:
-            self._alarm.wait(deadline - time.monotonic())
+            self._waiter.wait(max(0.0, deadline - time.monotonic()))
 
     # -- one message
 
     def _handle(self, entry: _Entry, message: Message) -> None:
-        dead = message.attempt > self._max_attempts  # it killed its consumers before they could say so
-        verdict = None if dead else self._call(entry, message)
+        verdict, why, attempt = None, "lease ended", message.attempt - 1  # it killed its consumers
+        if message.attempt <= self._max_attempts:
+            try:
+                (verdict, why), attempt = self._call(entry, message), message.attempt
+            except BaseException as error:  # it ends this thread; the attempt counts all the same
+                entry.leases.release(message, reason=describe(error))
+                raise
         if verdict is True:
-            entry.keeper.acknowledge(message)  # a lost lease is logged
-            return
-        entry.keeper.settle(message)
-        try:
-            if verdict is None and message.attempt >= self._max_attempts:
-                log.warning("message %d of %s moves to its dead-letter queue", message.id, message.queue)
-                entry.queue.dead_letter(message, self._dead_letter)
-            else:
-                delay = min(MAX_BACKOFF_S, self._backoff * 2.0 ** min(message.attempt - 1, 60))
-                entry.queue.release(message, delay=delay if verdict is None else None)
-        except LeaseLost as error:  # the process was suspended for longer than the lease
-            log.warning("queue %s: %s", message.queue, error)
+            entry.leases.ack(message)  # a lost lease is logged
+        elif verdict is None and attempt >= self._max_attempts:
+            log.warning("message %d of %s moves to its dead-letter queue: %s", message.id, message.queue, why)
+            entry.leases.done(message)
+            try:
+                entry.queue.dead_letter(message, self._dead_letter, reason=f"{why} (attempt {attempt})")
+            except LeaseLost as error:  # the process was suspended for longer than the lease
+                log.warning("queue %s: %s", message.queue, error)
+        else:
+            delay = backoff_s(self._backoff, attempt) if verdict is None else None
+            entry.leases.release(message, delay=delay, reason=why)
 
-    def _call(self, entry: _Entry, message: Message) -> bool | None:
-        """Call the handler. True: done. None: it failed, try again. False: it failed, and the watcher stops."""
+    def _call(self, entry: _Entry, message: Message) -> tuple[bool | None, str]:
+        """Call the handler. True: done. None: try again. False: the watcher stops. And why it failed."""
         try:
             entry.handler(message, message.id)
-            return True
+            return True, ""
         except Exception as error:  # noqa: BLE001 (whatever a handler raises is for the error handler)
+            why = check_reason(describe(error)) or ""
             try:
                 verdict = entry.error_handler(error, message, message.id)
             except Exception as second:  # noqa: BLE001 (logged, and the message is tried again)
                 verdict = default_error_handler(second, message, message.id)
         if verdict is False:
             self.request_stop()
-        return verdict if isinstance(verdict, bool) else None
+        return verdict if isinstance(verdict, bool) else None, why
 
 
 class _Entry:
@@ -311,30 +318,16 @@ class _Entry:
         self.queue = queue
         self.handler = handler
         self.error_handler = error_handler
-        self.keeper = LeaseKeeper(queue, lease_s)
-        self.leases = ExitStack()
-        self._open = False
+        self.leases = LeasesInFlight(queue, lease_s)
+        self.open = ExitStack()
+        self._is_open = False
 
     def take(self) -> list[Message]:
-        """Lease the first ready message, if there is one. Looks first, which does not wait for writers."""
-        if not self._open:
-            self._open = True
-            self.leases.enter_context(self.keeper)  # from now on it renews what it holds
-        return self.keeper.take(1)
-
-
-@contextmanager
-def _on_stop_signals(action: Callable[[], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM call a function while the block runs, if this is the main thread."""
-    previous: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, lambda *_: action())
-    try:
-        yield
-    finally:
-        for stopped, handler in previous.items():
-            signal.signal(stopped, handler)
+        """Lease the first ready message, if there is one."""
+        if not self._is_open:
+            self._is_open = True
+            self.open.enter_context(self.leases)  # from now on it extends what it holds
+        return self.leases.take(1)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ of, or a message about an order that does not exist.
 
 The queue lives in the application's own database file, where any process reads it with the ordinary broker:
 ``broker -f shop.db watch orders``. What that costs: the tables "meta" and "messages" and the application_id of the file
-belong to the broker, the file is in WAL mode, and a consumer is woken up to BROKER_MAX_INTERVAL (0.1 s) later. Use the
+belong to the broker, the file is in WAL mode, and an idle consumer finds a message up to half a second later. Use the
 runner in the thread of its connection, and to write; consume through a connection of the broker's own.
 """
 

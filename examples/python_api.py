@@ -74,14 +74,16 @@ def retry_with_dead_letter(db: Path) -> None:
             except ValueError as error:
                 if message.attempt >= MAX_ATTEMPTS:
                     log.info("payment %r: giving up after %d attempts", str(message), message.attempt)
-                    payments.dead_letter(message)  # to payments.dead
+                    payments.dead_letter(message, reason=str(error))  # to payments.dead; says why
                 else:
                     log.info("payment %r: attempt %d failed: %s", str(message), message.attempt, error)
-                    payments.release(message, delay=RETRY_DELAY_S * 2 ** (message.attempt - 1))
+                    payments.release(message, delay=RETRY_DELAY_S * 2 ** (message.attempt - 1), reason=str(error))
             else:
                 payments.ack(message)  # LeaseLost if this took longer than the lease and someone else has it now
-    with Queue("payments.dead", db) as dead:
-        print("paid:", total, "dead:", dead.peek_many(10))
+        print("paid:", total)
+        for message in payments.broker.queue("payments.dead").peek_many(10):
+            print("dead:", message, "because:", message.reason)
+        print("another try:", payments.requeue())  # when the fault is mended: all of payments.dead, attempts anew
 
 
 def errors(db: Path) -> None:

@@ -27,7 +27,6 @@ from simplebroker import (  # noqa: E402
     simple_print_handler,
 )
 
-STOP = "stop"  # the body that ends the watchers here
 MAX_ATTEMPTS = 2
 BACKOFF_S = 0.05  # before the second attempt; 0.5 unless told otherwise
 
@@ -40,16 +39,9 @@ def important_only(message: Message, timestamp: int) -> None:
 
 
 def show(queue: Queue, handler: Callable[[Message, int], object]) -> None:
-    """Watch a queue with a handler until STOP comes."""
-
-    def until_stop(message: Message, timestamp: int) -> None:
-        if message == STOP:
-            watcher.request_stop()  # returns at once; watch() ends after this message
-        else:
-            handler(message, timestamp)
-
-    watcher = QueueWatcher(queue, until_stop)
-    watcher.watch()  # blocks; SIGINT and SIGTERM stop it cleanly
+    """Watch a queue with a handler until everything in it is done."""
+    watcher = QueueWatcher(queue, handler, drain=True)  # without drain it goes on until watcher.request_stop()
+    watcher.watch()  # blocks; SIGINT, SIGTERM and SIGHUP stop it cleanly
 
 
 def fragile(message: Message, timestamp: int) -> None:
@@ -73,7 +65,8 @@ def show_errors(work: Queue, dead: Queue) -> None:
     """Watch in the background, with an error handler, until a message is in the dead-letter queue."""
     work.write_many(["good", "shy", "bad"])
     with QueueWatcher(work, fragile, error_handler=on_error, max_attempts=MAX_ATTEMPTS, backoff=BACKOFF_S):
-        print("dead:", dead.read(wait=30.0))
+        message = dead.read(wait=30.0)
+        print("dead:", message, "because:", message.reason if message else None)
 
 
 def main() -> None:
@@ -84,7 +77,7 @@ def main() -> None:
         for handler in (simple_print_handler, json_print_handler, logger_handler, important_only):
             print(f"-- {handler.__name__}")
             with Queue("news", db) as news:
-                news.write_many(["hello", "! read this", STOP])
+                news.write_many(["hello", "! read this"])
                 show(news, handler)
 
         print("-- error handler")

@@ -14,12 +14,11 @@ Promises
     Threads   each has a connection of its own; that of an ended thread is closed when another one is opened
     Fork      a child gets connections of its own, and neither uses nor closes those of its parent
     Writers   queue for the file lock PATH.lock instead of sleeping in SQLite's busy handler
-    Waiting   has one monotonic deadline per call; what is still locked then is an sqlite3.OperationalError
+    Waiting   has one monotonic deadline per call (opening a connection has its own), then an sqlite3.OperationalError
     Files     that are not SQLite databases are refused and left untouched; opening one that uses WAL only reads
 
 Limits
     Autocommit mode: a statement outside transaction() commits by itself and does not queue for the file lock.
-    The first call in a thread opens its connection, which has a deadline of its own.
     Finish with your cursors before you fork: a child must not touch those that it inherits.
     Fetch the rows of a statement to the end before its connection is closed (PyPy may crash otherwise).
     Paths are checked once: keep databases where nobody else may replace directories or links.
@@ -36,7 +35,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar, Union
@@ -46,6 +44,8 @@ TIMEOUT_S = 5.0  # how long a call waits for locks before it fails
 PRAGMAS = ("synchronous = FULL", "trusted_schema = OFF", "foreign_keys = ON")  # of every connection
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.0005, 0.002  # between two looks at a lock: doubles from the first to the longest
 LONGEST_S = 1e6  # stands for longer timeouts, such as math.inf
+BUSY_CODES = (5, 6, 15)  # SQLITE_BUSY, SQLITE_LOCKED, SQLITE_PROTOCOL
+BUSY_MESSAGES = ("database is locked", "database table is locked", "database schema is locked", "locking protocol")
 FILE_MODE = 0o600  # of the files made here: the owner alone; SQLite gives its -wal and -shm files the same
 
 StrPath = Union[str, "os.PathLike[str]"]
@@ -113,123 +113,59 @@ def _pauses(deadline: float) -> Iterator[None]:
         yield
 
 
+def is_busy(error: sqlite3.Error) -> bool:
+    """Was it a lock that another connection holds? Then the same call may succeed later."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # since Python 3.11; the low byte is the kind of error
+    return code in BUSY_CODES or str(error).partition(":")[0] in BUSY_MESSAGES  # ": name of a table" may follow
+
+
 def retry_busy(connection: sqlite3.Connection, operation: Callable[[], T], timeout_s: float = TIMEOUT_S) -> T:
     """Call operation() until it meets no lock, and return its result; after timeout_s its error is raised.
 
-    SQLite's busy handler waits for what is left of that time, and this loop for what the handler does not
+    SQLite's busy handler waits for what is left of that time. This loop waits for what the handler does not
     cover: the change to WAL, recovery and possible deadlocks can fail at once. Retry a whole transaction, or
-    its BEGIN, but no statement inside it: the snapshot stays outdated. Like all of this file it fetches the rows
-    of each statement to the end: PyPy crashes if it collects an unfinished one after its connection was closed.
+    its BEGIN, but no statement inside it: the snapshot stays outdated.
     """
     deadline = time.monotonic() + timeout_s
-    usual_ms = connection.execute("PRAGMA busy_timeout").fetchone()[0]
+    usual_ms = _pragma(connection, "busy_timeout")
     try:
         for _ in _pauses(deadline):
-            connection.execute(f"PRAGMA busy_timeout = {int(_left_s(deadline) * 1000)}").fetchall()
+            _pragma(connection, f"busy_timeout = {int(_left_s(deadline) * 1000)}")
             try:
                 return operation()
             except sqlite3.OperationalError as error:
-                if "lock" not in str(error):  # "database is locked", "database table is locked", "locking protocol"
+                if not is_busy(error):
                     raise
                 last = error
         raise last
     finally:
-        connection.execute(f"PRAGMA busy_timeout = {usual_ms}").fetchall()
+        _pragma(connection, f"busy_timeout = {usual_ms}")
+
+
+def _pragma(connection: sqlite3.Connection, text: str) -> Any:
+    """Run a pragma and return its value, or None. Like every statement here it is fetched to the end."""
+    rows = connection.execute(f"PRAGMA {text}").fetchall()
+    return rows[0][0] if rows else None
 
 
 # --- Fork ---
 
-# All of this process. Not in a WeakSet, which cannot be listed while a thread adds to it or PyPy collects.
-_connections: dict[ref[Connection], None] = {}
-_holders: dict[ref[FileLock | Database], None] = {}
-_inherited: list[Connection] = []  # those of the parent
-
-
-def _living(references: dict[ref[T], None]) -> list[T]:
-    return [thing for thing in [reference() for reference in list(references)] if thing is not None]
+# All that a fork concerns. Not in a WeakSet, which cannot be listed while a thread adds to it or PyPy collects.
+_registered: dict[ref[Connection | FileLock | Database], None] = {}
+_inherited: list[Connection] = []  # in a child: those of the parent
 
 
 def _after_fork_in_child() -> None:
-    """Leave everything to the parent, and begin anew.
-
-    Not even at the exit of the child may the interpreter free a connection of the parent: sqlite3_close() rolls
-    back in memory that both share, which destroys what the parent is about to commit. So each gets a reference
-    that nobody gives back. PyPy counts no references, and frees nothing at exit.
-    """
-    _inherited.extend(_living(_connections))
-    _connections.clear()
-    if sys.implementation.name == "cpython":
-        for connection in _inherited:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
-    for holder in _living(_holders):
-        holder.start_anew()
+    things = [reference() for reference in list(_registered)]  # all of them, before one lets go of a connection
+    for thing in things:
+        if thing is not None:
+            thing.after_fork()
 
 
 if hasattr(os, "register_at_fork"):
     import ctypes
 
     os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-# --- Connections ---
-
-
-class Connection(sqlite3.Connection):
-    """A connection that refuses to work in another process than its own."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.pid = os.getpid()
-        super().__init__(*args, **kwargs)
-        _connections[ref(self, _connections.pop)] = None
-
-    def check_process(self) -> None:
-        """ForkedError in a forked child."""
-        if self.pid != os.getpid():
-            raise ForkedError(f"a connection of process {self.pid} cannot be used in its child: open another")
-
-
-def _refuse_in_child(name: str) -> None:
-    method = getattr(sqlite3.Connection, name)
-
-    @wraps(method)
-    def checked(self: Connection, *args: Any, **kwargs: Any) -> Any:
-        self.check_process()
-        return method(self, *args, **kwargs)
-
-    setattr(Connection, name, checked)
-
-
-for _name in ("cursor", "execute", "executemany", "executescript", "commit", "rollback", "close", "__exit__"):
-    _refuse_in_child(_name)
-
-
-def connect(path: str, *, timeout_s: float = TIMEOUT_S, pragmas: Sequence[str] = PRAGMAS) -> Connection:
-    """Open an existing file, in autocommit mode. NotADatabaseError if SQLite says that it is no database.
-
-    Any thread may use the connection, one at a time. SQLite is asked, because reading the file here would drop
-    the locks that this process has on it: POSIX locks go when any descriptor of the file is closed.
-    """
-    if os.path.isfile(path) and os.path.getsize(path) == 1:  # which SQLite takes for empty, and overwrites
-        raise NotADatabaseError(f"{path!r} is not an SQLite database")
-    connection = sqlite3.connect(
-        Path(path).absolute().as_uri() + "?mode=rw",
-        uri=True,
-        timeout=min(timeout_s, LONGEST_S),
-        isolation_level=None,
-        check_same_thread=False,  # Database closes those of ended threads
-        factory=Connection,
-    )
-    try:
-        retry_busy(connection, lambda: connection.execute("PRAGMA schema_version").fetchone(), timeout_s)
-        for pragma in pragmas:
-            connection.execute(f"PRAGMA {pragma}").fetchall()
-    except sqlite3.OperationalError:
-        connection.close()
-        raise
-    except sqlite3.DatabaseError as error:
-        connection.close()
-        raise NotADatabaseError(f"{path!r} is not an SQLite database, or is damaged: {error}") from error
-    return connection
 
 
 # --- Files ---
@@ -246,28 +182,14 @@ def _open_private(path: str, more_flags: int) -> int:
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock_now(fd: int) -> bool:
-        try:
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        except PermissionError:
-            return False
-        return True
-
-    def _unlock(fd: int) -> None:
-        msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
+    def _set_lock(fd: int, *, take: bool) -> None:
+        msvcrt.locking(fd, msvcrt.LK_NBLCK if take else msvcrt.LK_UNLCK, 1)
 
 else:
     import fcntl
 
-    def _lock_now(fd: int) -> bool:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _unlock(fd: int) -> None:
-        fcntl.flock(fd, fcntl.LOCK_UN)
+    def _set_lock(fd: int, *, take: bool) -> None:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if take else fcntl.LOCK_UN)
 
 
 class FileLock:
@@ -282,7 +204,7 @@ class FileLock:
         self.path = os.path.abspath(path)
         self._mutex = threading.Lock()  # held together with the lock: keeps the threads of this process apart
         self._fd: int | None = None  # open while the lock is held
-        _holders[ref(self, _holders.pop)] = None
+        _registered[ref(self, _registered.pop)] = None
 
     def acquire(self, timeout_s: float = TIMEOUT_S) -> None:
         """Take the lock; LockTimeout if it is not free within timeout_s (0: try once)."""
@@ -305,7 +227,7 @@ class FileLock:
         if fd is None:
             raise RuntimeError(f"this process does not hold {self.path!r}")
         try:
-            _unlock(fd)  # closing is not enough: a child may have been forked that has not closed its copy yet
+            _set_lock(fd, take=False)  # closing is not enough: a child that was just forked may have a copy
         finally:
             os.close(fd)
             self._mutex.release()
@@ -314,11 +236,10 @@ class FileLock:
     def hold(self, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
         """``with lock.hold(2.0):`` the lock is held in the block."""
         self.acquire(timeout_s)
-        pid = os.getpid()
         try:
             yield
         finally:
-            if pid == os.getpid():  # a child that was forked in the block has nothing to release
+            if self._fd is not None:  # a child that was forked in the block has nothing to release
                 self.release()
 
     def _try_once(self) -> int | None:
@@ -326,25 +247,91 @@ class FileLock:
         fd = _open_private(self.path, getattr(os, "O_NOFOLLOW", 0))
         locked = False
         try:
-            locked = _lock_now(fd) and self._is_current(fd)
+            _set_lock(fd, take=True)
+            locked = os.path.samestat(os.stat(self.path), os.fstat(fd))  # or it is no longer the file of that name
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            pass  # others hold it (PermissionError: on Windows), or it was deleted
         finally:
             if not locked:
                 os.close(fd)
         return fd if locked else None
 
-    def _is_current(self, fd: int) -> bool:
-        """Is this still the file of that name?"""
-        try:
-            return os.path.samestat(os.stat(self.path), os.fstat(fd))
-        except FileNotFoundError:
-            return False
-
-    def start_anew(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: close the copy. That does not unlock; keeping it would lock for a parent that dies."""
         fd, self._fd = self._fd, None
         self._mutex = threading.Lock()
         if fd is not None:
             os.close(fd)
+
+
+# --- Connections ---
+
+
+class Connection(sqlite3.Connection):
+    """A connection that refuses to work in another process than its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.pid = os.getpid()
+        super().__init__(*args, **kwargs)
+        _registered[ref(self, _registered.pop)] = None
+
+    def after_fork(self) -> None:
+        """In a forked child: never be freed, not even at exit.
+
+        sqlite3_close() would roll back in memory that parent and child share, which destroys what the parent
+        is about to commit. PyPy counts no references, and frees nothing at exit.
+        """
+        _inherited.append(self)
+        if sys.implementation.name == "cpython":
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+
+
+def _refused_in_child(method: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(self: Connection, *args: Any, **kwargs: Any) -> Any:
+        if self.pid != os.getpid():
+            raise ForkedError(f"a connection of process {self.pid} cannot be used in its child: open another")
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
+for _name in ("cursor", "execute", "executemany", "executescript", "commit", "rollback", "close", "__exit__"):
+    setattr(Connection, _name, _refused_in_child(getattr(sqlite3.Connection, _name)))
+
+
+def connect(
+    path: str, *, lock: FileLock | None = None, timeout_s: float = TIMEOUT_S, pragmas: Sequence[str] = PRAGMAS
+) -> Connection:
+    """Open an existing file, in autocommit mode. NotADatabaseError if SQLite says that it is no database.
+
+    With ``lock``, a file that does not use WAL yet is changed to it under that lock. Any thread may use the
+    connection, one at a time. SQLite is asked, because reading the file here would drop the locks that this
+    process has on it: POSIX locks go when any descriptor of the file is closed.
+    """
+    deadline = time.monotonic() + timeout_s
+    if os.path.isfile(path) and os.path.getsize(path) == 1:  # which SQLite takes for empty, and overwrites
+        raise NotADatabaseError(f"{path!r} is not an SQLite database")
+    uri, wait_s = Path(path).absolute().as_uri() + "?mode=rw", min(timeout_s, LONGEST_S)
+    connection = sqlite3.connect(
+        uri, uri=True, timeout=wait_s, isolation_level=None, check_same_thread=False, factory=Connection
+    )
+
+    def set_up(pragma: str) -> Any:
+        return retry_busy(connection, lambda: _pragma(connection, pragma), _left_s(deadline))
+
+    try:
+        if set_up("journal_mode") != "wal" and lock is not None:
+            with lock.hold(_left_s(deadline)):
+                if set_up("journal_mode = WAL") != "wal":
+                    raise sqlite3.NotSupportedError(f"{path!r} cannot use WAL on this file system")
+        for pragma in pragmas:
+            set_up(pragma)
+    except BaseException as error:
+        connection.close()
+        if type(error) is sqlite3.DatabaseError:  # and none of its subclasses
+            raise NotADatabaseError(f"{path!r} is not an SQLite database, or is damaged: {error}") from error
+        raise
+    return connection
 
 
 # --- Database ---
@@ -353,31 +340,22 @@ class FileLock:
 class Database:
     """One database file: a connection for every thread, and one writer at a time. Opened on first use.
 
-    ``path`` and ``base`` as in validate_path(). ``pragmas`` are run on every new connection.
+    ``path`` as in validate_path(), which also keeps it in a directory. ``pragmas`` are run on every new connection.
     """
 
-    def __init__(
-        self,
-        path: StrPath,
-        *,
-        base: StrPath | None = None,
-        timeout_s: float = TIMEOUT_S,
-        pragmas: Sequence[str] = PRAGMAS,
-    ) -> None:
-        self.path = validate_path(path, base)
+    def __init__(self, path: StrPath, *, timeout_s: float = TIMEOUT_S, pragmas: Sequence[str] = PRAGMAS) -> None:
+        self.path = validate_path(path)
         self._timeout_s = timeout_s
         self._pragmas = pragmas
         self._writer_lock = FileLock(self.path + ".lock")
         self._closed = False
-        self.start_anew()
-        _holders[ref(self, _holders.pop)] = None
+        self.after_fork()
+        _registered[ref(self, _registered.pop)] = None
 
-    def start_anew(self) -> None:
-        """Have no connections, as at first; also in a forked child."""
-        self._local = threading.local()
-        self._mutex = threading.Lock()  # guards _open
-        # Keeps the connections alive in a forked child, where the locals of the other threads are gone.
-        self._open: list[tuple[threading.Thread, Connection]] = []
+    def after_fork(self) -> None:
+        """In a forked child, and at first: have no connections."""
+        self._mutex = threading.Lock()  # held to change _connections
+        self._connections: dict[threading.Thread, Connection] = {}
 
     def __enter__(self) -> Database:
         return self
@@ -389,13 +367,16 @@ class Database:
         """The connection of this thread."""
         if self._closed:
             raise sqlite3.ProgrammingError(f"the database {self.path!r} was closed")
-        found: Connection | None = getattr(self._local, "connection", None)
+        found = self._connections.get(threading.current_thread())
         if found is None:
             self._close_unused()
-            found = self._connect()
+            try:
+                os.close(_open_private(self.path, os.O_EXCL))
+            except FileExistsError:  # not even opened
+                pass
+            found = connect(self.path, lock=self._writer_lock, timeout_s=self._timeout_s, pragmas=self._pragmas)
             with self._mutex:
-                self._open.append((threading.current_thread(), found))
-            self._local.connection = found
+                self._connections[threading.current_thread()] = found
         return found
 
     @contextmanager
@@ -429,34 +410,11 @@ class Database:
 
     def _close_unused(self, also: threading.Thread | None = None) -> int:
         with self._mutex:
-            unused = [entry for entry in self._open if entry[0] is also or not entry[0].is_alive()]
-            self._open = [entry for entry in self._open if entry not in unused]
-            left = len(self._open)
-        for _, connection in unused:
+            ended = [thread for thread in self._connections if thread is also or not thread.is_alive()]
+            unused = [self._connections.pop(thread) for thread in ended]
+        for connection in unused:
             connection.close()
-        return left
-
-    def _connect(self) -> Connection:
-        deadline = time.monotonic() + self._timeout_s
-        try:
-            os.close(_open_private(self.path, os.O_EXCL))
-        except FileExistsError:  # not even opened
-            pass
-        connection = connect(self.path, timeout_s=self._timeout_s, pragmas=self._pragmas)
-        try:
-            if not retry_busy(connection, lambda: _uses_wal(connection, "PRAGMA journal_mode"), _left_s(deadline)):
-                with self._writer_lock.hold(_left_s(deadline)):
-                    change = "PRAGMA journal_mode = WAL"
-                    if not retry_busy(connection, lambda: _uses_wal(connection, change), _left_s(deadline)):
-                        raise sqlite3.NotSupportedError(f"{self.path!r} cannot use WAL on this file system")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-
-def _uses_wal(connection: sqlite3.Connection, pragma: str) -> bool:
-    return bool(connection.execute(pragma).fetchone()[0] == "wal")
+        return len(self._connections)
 
 
 # --- Demonstration: processes count up in one row, and no addition gets lost ---
@@ -475,14 +433,13 @@ def main() -> int:
     """Run the processes, print the count, and return an exit status."""
     with tempfile.TemporaryDirectory() as directory, Database(os.path.join(directory, "counter.db")) as database:
         with database.transaction() as connection:
-            connection.execute("CREATE TABLE counter (n INTEGER)")
-            connection.execute("INSERT INTO counter VALUES (0)")
-        processes = [get_context("spawn").Process(target=_count_up, args=(database.path,)) for _ in range(PROCESSES)]
+            connection.execute("CREATE TABLE counter AS SELECT 0 AS n")
+        processes = [get_context("spawn").Process(target=_count_up, args=[database.path]) for _ in range(PROCESSES)]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
-        count = database.connection().execute("SELECT n FROM counter").fetchone()[0]
+        [(count,)] = database.connection().execute("SELECT n FROM counter").fetchall()
         print(f"{PROCESSES} processes counted to {count} of {PROCESSES * ADDITIONS}")
         return 0 if count == PROCESSES * ADDITIONS else 1
 
