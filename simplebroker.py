@@ -794,6 +794,15 @@ def remove_file(path: str) -> None:
         pass
 
 
+def make_directory_of(path: str) -> None:
+    """Make the directory of a compound name such as .queue/broker.db, unless it is there."""
+    directory = os.path.dirname(path)
+    try:
+        os.makedirs(directory, 0o700, exist_ok=True)
+    except OSError as error:
+        raise OperationalError(f"the directory {directory!r} cannot be made: {error.strerror}") from error
+
+
 class WriterLock:
     """The advisory lock on DATABASE.lock: one holder among all processes. Not for two threads at once.
 
@@ -873,18 +882,14 @@ class WriterLock:
         return True
 
     def _open(self) -> int:
-        directory = os.path.dirname(self.path)
+        make_directory_of(self.path)
         try:
-            if not os.path.isdir(directory):  # of a compound name such as .queue/broker.db
-                os.makedirs(directory, 0o700, exist_ok=True)
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             if os.fstat(self._fd).st_mode & 0o700 != 0o600:
                 os.fchmod(self._fd, 0o600)  # the umask took bits away from the owner
         except OSError as error:
             if os.path.islink(self.path):
                 raise OperationalError(f"the lock file {self.path!r} is a symbolic link: remove it") from error
-            if not os.path.isdir(directory):
-                raise OperationalError(f"the directory {directory!r} cannot be made: {error.strerror}") from error
             raise OperationalError(
                 f"cannot open the lock file {self.path!r}: {error.strerror}; make the directory writable"
             ) from error
@@ -1195,6 +1200,17 @@ class SQLRunner:
         for id, body in enumerate(bodies, first):
             self.run(INSERT_MESSAGE, (id, queue, body, held_until))
         return list(range(first, first + len(bodies)))
+
+    def write(
+        self, queue: str, bodies: Sequence[str], held_until: Callable[[int], int | None], clock: Callable[[], int]
+    ) -> list[int]:
+        """Write checked bodies in a transaction, or in that of this thread; see insert()."""
+
+        def insert(run: Run) -> list[int]:
+            now = clock()
+            return self.insert(queue, bodies, held_until(now), now)
+
+        return self.transact(insert)
 
     def snapshot(self) -> Any:
         """``with runner.snapshot() as run:`` reads one state of the database. By default a transaction."""
@@ -1741,9 +1757,7 @@ class SQLiteRunner(SQLRunner):
                 raise OperationalError(f"{self.path!r} was replaced at this moment: try again")
             self._identity = identity
         if write:
-            mode = self._execute("PRAGMA journal_mode = WAL")[0][0]
-            if mode != "wal":
-                raise OperationalError(f"{self.path!r} stays in journal mode {mode}: close what uses it, and try again")
+            self._use_wal()
             try:
                 self._log = _Log(self.path + "-wal") if self._syncs else None
             except OSError as error:
@@ -1828,6 +1842,7 @@ class SQLiteRunner(SQLRunner):
 
     def _make_file(self) -> None:
         """Create the file. The caller has the writer lock."""
+        make_directory_of(self.path)
         try:
             if self._lock.usable:  # else someone may already use the new file
                 # SQLite would apply a -wal left by a deleted database of this name to the new file, and readers of the
@@ -1844,15 +1859,7 @@ class SQLiteRunner(SQLRunner):
 
     def _make_schema(self) -> None:
         self._execute(f"PRAGMA page_size = {PAGE_BYTES}")
-        deadline = time.monotonic() + self._timeout_s
-        while True:
-            try:
-                self._execute("PRAGMA journal_mode = WAL")
-                break
-            except OperationalError:  # where there are no file locks, and for this SQLite does not wait
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(LOCK_PAUSE_US[1] / 1e6)
+        self._use_wal()
         self._execute("BEGIN IMMEDIATE")
         try:
             for statement in SCHEMA:
@@ -1863,6 +1870,20 @@ class SQLiteRunner(SQLRunner):
             if self._connection is not None and self._connection.in_transaction:
                 self._execute("ROLLBACK")
             raise
+
+    def _use_wal(self) -> None:
+        """See that the file has a write-ahead log; another program may have changed that."""
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                mode = self._execute("PRAGMA journal_mode = WAL")[0][0]
+                break
+            except OperationalError:  # where there are no file locks someone may just do the same: SQLite does not wait
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(LOCK_PAUSE_US[1] / 1e6)
+        if mode != "wal":
+            raise OperationalError(f"{self.path!r} stays in journal mode {mode}: close what uses it, and try again")
 
     def _disconnect(self) -> None:
         connection, self._connection, self._log, self._identity = self._connection, None, None, None
@@ -2115,6 +2136,11 @@ class Broker:
         """The absolute path of the database file, or its URL; empty if a custom runner does not tell."""
         return self.runner.path
 
+    @property
+    def address(self) -> str:
+        """The path as it was given: a URL in it may have a password."""
+        return self._shared_path or self.path
+
     def exists(self) -> bool:
         """Is there a database? Nothing is opened; where there is no file to look at, it is taken for granted."""
         return not self.path or bool(url_scheme(self.path)) or os.path.exists(self.path)
@@ -2128,6 +2154,12 @@ class Broker:
         if self._closed or not self._prepared:
             self._prepare()
         return self.runner.transact(function, durable)
+
+    def insert(self, queue: str, bodies: list[str], held_until: Callable[[int], int | None]) -> list[int]:
+        """Write checked bodies to a queue; see SQLRunner.write()."""
+        if self._closed or not self._prepared:
+            self._prepare()
+        return self.runner.write(queue, bodies, held_until, self.clock)
 
     def transaction(self) -> Transaction:
         """``with broker.transaction() as run:`` one write transaction; ``run(sql, params, fetch=)``.
@@ -2421,7 +2453,7 @@ class Queue:
     def __reduce__(self) -> tuple[Any, ...]:  # for processes that are spawned
         if not self.broker.path:
             raise TypeError("only a queue on a path can be pickled, not one with a custom runner")
-        return _queue_on_path, (self.name, self.broker.path, self.broker.settings)
+        return _queue_on_path, (self.name, self.broker.address, self.broker.settings)
 
     def __enter__(self) -> Queue:
         return self
@@ -2437,7 +2469,8 @@ class Queue:
         ``delay`` in seconds, or ``until`` an aware datetime or nanoseconds since 1970: held back until
         then, and then in its old place in the order. MessageError if the body is too large or not text.
         """
-        return self._insert([check_body(body, self.broker.settings.max_message_size)], due_time(delay, until))[0]
+        text = check_body(body, self.broker.settings.max_message_size)
+        return self.broker.insert(self.name, [text], due_time(delay, until))[0]
 
     def write_many(
         self, bodies: Iterable[str], *, delay: float | None = None, until: datetime | int | None = None
@@ -2447,16 +2480,7 @@ class Queue:
             raise TypeError("bodies is an iterable of str: a single body goes to write()")
         texts = [check_body(body, self.broker.settings.max_message_size) for body in bodies]
         held_until = due_time(delay, until)
-        return self._insert(texts, held_until) if texts else []
-
-    def _insert(self, bodies: list[str], held_until: Callable[[int], int | None]) -> list[int]:
-        broker = self.broker
-
-        def insert(run: Run) -> list[int]:
-            now = broker.clock()
-            return broker.runner.insert(self.name, bodies, held_until(now), now)
-
-        return broker.transact(insert)
+        return self.broker.insert(self.name, texts, held_until) if texts else []
 
     # -- read: at most once
 
@@ -2824,6 +2848,7 @@ class LeasesInFlight:
         self._messages: dict[int, Message] = {}
         self._size, self._taken_at = 1, 0.0
         self._last: list[Message] = []
+        self.looked: tuple[bool, float] | None = None  # what take() saw last, see Queue.look()
 
     def __enter__(self) -> LeasesInFlight:
         if not self._lazy:
@@ -2843,7 +2868,8 @@ class LeasesInFlight:
     def take(self, limit: int | None = None, low: int = 0, high: int = MAX_ID + 1) -> list[Message]:
         """Lease up to ``limit`` messages between two ids; None: few while they are worked on slowly, more
         while fast. Looks without the writer lock first."""
-        if not self._queue.look(low, high)[0]:
+        self.looked = self._queue.look(low, high)
+        if not self.looked[0]:
             return []
         self._pid = os.getpid()  # a forked child leaves the leases to its parent
         self._last = self._queue.lease_many(self._lease_ns, low, high, limit or self._adapted_size())
@@ -3087,7 +3113,7 @@ class QueueWatcher:
 
     def _idle(self) -> None:
         """Nothing was found: sleep until something may be there, or end."""
-        pending, pause = self.queue.look(self.position)
+        pending, pause = self._leases.looked or self.queue.look(self.position)
         if self._drain and not pending:
             if self.queue.is_drained(self.position):
                 self.request_stop()
@@ -3885,7 +3911,7 @@ class Job:
     def __init__(self, options: Options) -> None:
         broker, (name, *self._command) = options.broker(), options.operands
         self._options = options
-        place, file = ("", broker.path) if url_scheme(broker.path) else os.path.split(broker.path)
+        place, file = ("", broker.address) if url_scheme(broker.path) else os.path.split(broker.path)
         names = {"BROKER_DEFAULT_DB_LOCATION": place, "BROKER_DEFAULT_DB_NAME": file, "BROKER_PROJECT_SCOPE": "0"}
         self._environ = {**os.environ, **names}
         self._running: dict[Any, list[Any]] = {}  # each process: the time of its next signal, and that signal

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Messages moved between queues, and between databases: rename, select, split, merge, transform, back up, restore.
+# Messages moved between queues, and between databases: select, split, merge, transform, back up, restore, verify.
 #
-# `broker move SOURCE DEST --all` is a rename, and most of what follows is that with a filter. A move keeps the id, and
-# with it the place in the order of age; it takes the ready messages only and leaves what is leased or delayed.
+# `broker rename`, `move --all --after --before`, `dump` and `load` do the plain cases by themselves, and `broker work`
+# runs a command for each message. This script shows beyond them: selecting by content, ages, small steps with pauses,
+# new bodies, and backups that are checked. A move keeps the id, and with it the place in the order of age; it takes the
+# ready messages only and leaves what is leased or delayed.
 #
 # What happens if this is killed in the middle:
 #   moves       each step is atomic. No message is lost or doubled; run the command again to go on.
 #   transform   write, then acknowledge: at least once. The message it was at is transformed again when its lease ends.
 #   backup      the old file or the new one is there, never half of it.
 #   restore     all or nothing.
-#
 # Needs bash 4.4 and jq. Selecting by content takes a broker command for each message: some 20 in a second.
 
 set -euo pipefail
@@ -20,29 +21,24 @@ PAUSE_S=${PAUSE_S:-1}   # between steps, so that others get a turn
 LEASE_S=${LEASE_S:-300} # longer than any run of the command of `transform`
 
 usage() {
-    cat <<'END'
-usage: queue_migration.sh rename    SOURCE DEST
-       queue_migration.sh content   SOURCE DEST REGEX        bodies that match (regular expression of jq)
-       queue_migration.sh older     SOURCE DEST AGE          written longer ago than 90s, 5m, 2h or 7d
-       queue_migration.sh newer     SOURCE DEST AGE          written since then
-       queue_migration.sh before    SOURCE DEST TIME         written before an id, an ISO 8601 time or a Unix time
-       queue_migration.sh after     SOURCE DEST TIME
-       queue_migration.sh steps     SOURCE DEST              STEP at a time with pauses, up to the newest at the start
-       queue_migration.sh split     SOURCE FIELD             by a field of JSON bodies, to SOURCE.VALUE or SOURCE.other
-       queue_migration.sh merge     DEST SOURCE...           in the order of age
+    cat <<'END_OF_USAGE'
+usage: queue_migration.sh rename    SOURCE DEST           what is leased or delayed too
+       queue_migration.sh content   SOURCE DEST REGEX     bodies that match (regular expression of jq)
+       queue_migration.sh older     SOURCE DEST AGE       written longer ago than 90s, 5m, 2h or 7d
+       queue_migration.sh newer     SOURCE DEST AGE       written since then
+       queue_migration.sh steps     SOURCE DEST           STEP at a time with pauses, up to the newest at the start
+       queue_migration.sh split     SOURCE FIELD          by a field of JSON bodies, to SOURCE.VALUE or SOURCE.other
+       queue_migration.sh merge     DEST SOURCE...        in the order of age
        queue_migration.sh transform SOURCE DEST COMMAND [ARG...]
-       queue_migration.sh backup    FILE [PATTERN]           all queues, or those that match a shell pattern
-       queue_migration.sh restore   FILE                     fails, and changes nothing, if one of the ids exists
-       queue_migration.sh verify    FILE [PATTERN]           does the database hold what the backup holds, no more?
+       queue_migration.sh backup    FILE [PATTERN]        all queues, or those that match a shell pattern
+       queue_migration.sh restore   FILE                  fails, and changes nothing, if one of the ids exists
+       queue_migration.sh verify    FILE [PATTERN]        does the database hold what the backup holds, no more?
        queue_migration.sh demo
 
 COMMAND of transform reads a body from standard input and writes the new one to standard output, both byte for byte. If
 its status is not 0, the message goes to SOURCE.failed unchanged. New messages have new ids, in the old order.
-
 Status: 0 done, 1 error, 2 nothing there, 3 not everything: messages that failed, are held, or differ (verify).
-Settings in the environment: STEP PAUSE_S LEASE_S. The database is the one that `broker` uses here; see
-BROKER_DEFAULT_DB_LOCATION.
-END
+END_OF_USAGE
 }
 
 log() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
@@ -52,18 +48,14 @@ die() {
     exit 1
 }
 
-# The broker command: $BROKER, or `broker` if it is installed, or simplebroker.py beside this file or above it.
+# The command: $BROKER, or `broker` if it is installed, or simplebroker.py beside this file or above it.
 broker_command=("${BROKER:-broker}")
-if [[ -z ${BROKER:-} ]] && ! type -P broker >/dev/null; then
-    here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-    for file in "$here/../simplebroker.py" "$here/simplebroker.py"; do # the nearer one wins
-        [[ ! -f $file ]] || broker_command=(python3 "$file")
-    done
-fi
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+for file in "$here/../simplebroker.py" "$here/simplebroker.py"; do # the nearer one wins
+    [[ -n ${BROKER:-} || ! -f $file ]] || type -P broker >/dev/null || broker_command=(python3 "$file")
+done
 
-broker() { command "${broker_command[@]}" "$@"; }
-
-jq() { command jq "$@" || die "jq failed with status $?"; } # its 2 does not mean that nothing is there
+broker() { "${broker_command[@]}" "$@"; }
 
 # Run a broker command: true if it did something, false if nothing is there (status 2). Other statuses are errors.
 found() {
@@ -73,7 +65,34 @@ found() {
     return "$status"
 }
 
-# --- moves
+# Check these settings before a message is taken, and make a scratch directory.
+prepare() {
+    local name
+    for name in "$@"; do
+        [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || die "$name is '${!name}': give a whole number"
+    done
+    tmp=$(mktemp -d) # stays behind after kill -9
+    trap 'rm -rf -- "$tmp"' EXIT
+}
+
+check_command() { type -P "$1" >/dev/null || die "no command '$1': nothing was taken"; }
+
+# For the demonstration: every line that begins with "ok" was checked.
+expect() {
+    [[ $2 == "$3" ]] || die "demo: $1: expected $(printf %q "$2"), found $(printf %q "$3")"
+    printf 'ok: %s\n' "$1"
+}
+
+# Take message.json apart: id, attempt, lease and reason into variables, the body into a file, byte for byte.
+# shellcheck disable=SC2034 # not every script uses all of these variables
+unpack() {
+    jq -j '"\(.timestamp) \(.attempt) \(.lease) \(.reason // "")\n", .message' "$tmp/message.json" >"$tmp/unpacked" ||
+        die "cannot unpack the message"
+    read -r id attempt lease reason <"$tmp/unpacked"
+    tail -n +2 "$tmp/unpacked" >"$tmp/body" || die "cannot write '$tmp/body'"
+}
+
+jq() { command jq "$@" || die "jq failed with status $?"; } # its 2 does not mean that nothing is there
 
 # What is moved is printed, a line each, and only the lines are of interest.
 move_and_count() { count=$(broker move "$@" --json | wc -l); }
@@ -86,15 +105,6 @@ move_all() {
     printf '%s moved from %s to %s\n' "$((count))" "$source" "$dest"
 }
 
-# Done when nothing is left behind. What is leased or delayed, or was written meanwhile, needs another run.
-rename() {
-    local status=0
-    move_all "$1" "$2" || status=$?
-    found broker list --stats --pattern "$1" || return "$status"
-    log "$1 still has messages: run this again later"
-    return 3
-}
-
 merge() {
     local dest=$1 source status=2
     shift
@@ -104,27 +114,12 @@ merge() {
     return "$status"
 }
 
-before() { move_all "$1" "$2" --before "$3"; }
-after() { move_all "$1" "$2" --after "$3"; }
-
-older() {
-    local time
-    time=$(ago "$3")
-    before "$1" "$2" "$time"
-}
-
-newer() {
-    local time
-    time=$(ago "$3")
-    after "$1" "$2" "$time"
-}
-
-# The Unix time that was so long ago.
-ago() {
+# Move what was written before or after (the option $4) the time that was so long ago.
+by_age() {
     local unit_s=1
-    [[ $1 =~ ^([1-9][0-9]{0,8})([smhd])$ ]] || die "'$1' is not an age: write 90s, 5m, 2h or 7d"
+    [[ $3 =~ ^([1-9][0-9]{0,8})([smhd])$ ]] || die "'$3' is not an age: write 90s, 5m, 2h or 7d"
     case ${BASH_REMATCH[2]} in m) unit_s=60 ;; h) unit_s=3600 ;; d) unit_s=86400 ;; esac
-    printf '%ss\n' "$(($(date +%s) - BASH_REMATCH[1] * unit_s))"
+    move_all "$1" "$2" "$4" "$(($(date +%s) - BASH_REMATCH[1] * unit_s))s"
 }
 
 # The newest id at the start is the bound, so that this ends while others go on writing.
@@ -141,10 +136,8 @@ steps() {
     ((total)) || return 2
 }
 
-# --- moves by content: look at everything, note the ids, move these one by one. A message that somebody else takes in
-# the meantime is left alone.
-
-# Write what the jq program makes of each ready message to a file.
+# Write what the jq program makes of each ready message to a file. The ids in it are moved one by one later: a message
+# that somebody else takes in the meantime is left alone.
 select_from() {
     local source=$1
     shift
@@ -180,29 +173,21 @@ move_selected() {
     printf '%s moved from %s\n' "$count" "$source"
 }
 
-# --- transform: lease, run the command, write, acknowledge
-
+# Lease, run the command, write, acknowledge.
 transform() {
-    local source=$1 dest=$2 id lease failed=0 count=0
+    local source=$1 dest=$2 failed=0 count=0
     shift 2
     [[ $source != "$dest" ]] || die "transform needs two queues: it would never end"
-    type -P "$1" >/dev/null || die "no command '$1': nothing was taken"
+    check_command "$1"
     while found broker lease "$source" --for "${LEASE_S}s" >"$tmp/message.json"; do
-        # The first line is for us, the rest is the body, byte for byte.
-        jq -j '"\(.timestamp) \(.lease)\n", .message' "$tmp/message.json" >"$tmp/unpacked"
-        read -r id lease <"$tmp/unpacked"
-        tail -n +2 "$tmp/unpacked" >"$tmp/body"
+        unpack
         if "$@" <"$tmp/body" >"$tmp/new" && broker write "$dest" - <"$tmp/new"; then
             broker ack "$source" "$lease" || log "message $id was not acknowledged: it may be in $dest twice"
             count=$((count + 1))
         else
             failed=3
-            if broker release "$source" "$lease" &&
-                found broker move "$source" "$source.failed" -m "$id" >/dev/null; then
-                log "message $id failed and went to $source.failed"
-            else
+            broker dead-letter "$source" "$lease" --to "$source.failed" --reason "transform failed" ||
                 log "message $id failed, and somebody else has it now"
-            fi
         fi
     done
     printf '%s transformed from %s to %s\n' "$count" "$source" "$dest"
@@ -210,8 +195,6 @@ transform() {
     ((failed || count)) || return 2
     return "$failed"
 }
-
-# --- backup: lines of JSON, with queues, ids and bodies
 
 backup() {
     local file=$1 pattern=(${2:+--pattern "$2"})
@@ -221,8 +204,6 @@ backup() {
     mv -f -- "$file.new" "$file"
     printf '%s messages in %s\n' "$(($(wc -l <"$file") - 1))" "$file"
 }
-
-restore() { broker load <"$1"; }
 
 verify() {
     local file=$1 pattern=(${2:+--pattern "$2"}) missing extra
@@ -236,67 +217,44 @@ verify() {
 
 messages() { jq -c 'select(.type == "message") | [.queue, .id, .body]' | LC_ALL=C sort; }
 
-# --- demo: every line that begins with "ok" was checked
-
-check() {
-    [[ $2 == "$3" ]] || die "demo: $1: expected $(printf %q "$2"), found $(printf %q "$3")"
-    printf 'ok: %s\n' "$1"
-}
-
 # shellcheck disable=SC2016 # it is not meant to expand
 demo() {
-    local self=("$BASH" "${BASH_SOURCE[0]}") status
+    local self=("$BASH" "${BASH_SOURCE[0]}") status=0
     export BROKER_DEFAULT_DB_LOCATION=$tmp BROKER_DEFAULT_DB_NAME=demo.db BROKER_PROJECT_SCOPE=0 STEP=2 PAUSE_S=0
-
     printf '{"kind": "%s"}\n' mail print mail '../$(x)' | broker write in --lines
     "${self[@]}" rename in jobs
     "${self[@]}" content jobs urgent '"print"'
-    check "rename, and select by content" $'jobs: 3\nurgent: 1' "$(broker list)"
+    expect "rename, and select by content" $'jobs: 3\nurgent: 1' "$(broker list)"
     "${self[@]}" merge jobs urgent
     "${self[@]}" split jobs kind
-    check "merge, and split by a field" $'jobs.mail: 2\njobs.other: 1\njobs.print: 1' "$(broker list)"
-
+    expect "merge, and split by a field" $'jobs.mail: 2\njobs.other: 1\njobs.print: 1' "$(broker list)"
     "${self[@]}" newer jobs.mail recent 1h
     "${self[@]}" steps recent all
-    check "by time, and in steps" $'all: 2\njobs.other: 1\njobs.print: 1' "$(broker list)"
+    expect "by time, and in steps" $'all: 2\njobs.other: 1\njobs.print: 1' "$(broker list)"
     "${self[@]}" transform all names jq -j .kind
-    check "transform, byte for byte" '{"message":"mail"}{"message":"mail"}' \
+    expect "transform, byte for byte" '{"message":"mail"}{"message":"mail"}' \
         "$(broker peek names --all --json | jq -cj '{message}')"
-
     "${self[@]}" backup "$tmp/backup"
     export BROKER_DEFAULT_DB_NAME=restored.db
     "${self[@]}" restore "$tmp/backup"
     "${self[@]}" verify "$tmp/backup"
-    check "restored into another database" $'jobs.other: 1\njobs.print: 1\nnames: 2' "$(broker list)"
+    expect "restored into another database" $'jobs.other: 1\njobs.print: 1\nnames: 2' "$(broker list)"
     broker read names >/dev/null
-    status=0
     "${self[@]}" verify "$tmp/backup" || status=$?
-    check "verify tells what is missing" 3 "$status"
-}
-
-# --- main
-
-check_settings() {
-    ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || die "needs bash 4.4 or newer, this is $BASH_VERSION"
-    type -P jq >/dev/null || die "needs jq"
-    type -P "${broker_command[0]}" >/dev/null || die "no '${broker_command[0]}': install SimpleBroker or set BROKER"
-    [[ $STEP =~ ^[1-9][0-9]{0,8}$ ]] || die "STEP is '$STEP': give a whole number from 1"
-    [[ $LEASE_S =~ ^[1-9][0-9]{0,8}$ ]] || die "LEASE_S is '$LEASE_S': give whole seconds from 1"
-    [[ $PAUSE_S =~ ^[0-9]+([.][0-9]+)?$ ]] || die "PAUSE_S is '$PAUSE_S': give seconds"
+    expect "verify tells what is missing" 3 "$status"
 }
 
 main() {
-    check_settings
-    tmp=$(mktemp -d) # stays behind after kill -9
-    trap 'rm -rf -- "$tmp"' EXIT
+    prepare STEP PAUSE_S LEASE_S
     case ${1:-}:$# in
-        rename:3 | content:4 | older:4 | newer:4 | before:4 | after:4 | steps:3 | split:3 | demo:1) ;;
-        merge:[012] | transform:[0123]) usage >&2 && exit 1 ;;
-        merge:* | transform:* | backup:[23] | restore:2 | verify:[23]) ;;
-        help:1 | -h:1 | --help:1) usage && exit ;;
+        rename:3) found broker "$@" ;;
+        older:4) by_age "${@:2}" --before ;;
+        newer:4) by_age "${@:2}" --after ;;
+        restore:2) broker load <"$2" ;;
+        merge:[12] | transform:[123]) usage >&2 && exit 1 ;;
+        content:4 | steps:3 | split:3 | merge:* | transform:* | backup:[23] | verify:[23] | demo:1) "$@" ;;
         *) usage >&2 && exit 1 ;;
     esac
-    "$@"
 }
 
 main "$@"
