@@ -1279,6 +1279,7 @@ _MEANINGS = (
     ("disk I/O", "the file cannot be read or written, perhaps at a limit of its size: nothing was changed"),
     ("open database", "the database cannot be opened: check that the directory exists and is writable"),
 )
+REOPEN_S = 0.1  # for so long a reader tries again to open a file that is deleted or replaced just then
 _ROLLED_BACK = "the transaction is gone: SQLite rolled it back after an error, such as a full disk; nothing was changed"
 _as_text = partial(str, encoding="utf-8", errors="replace")  # rows of other programs need not be UTF-8
 
@@ -1289,8 +1290,8 @@ class _Log:
     (Closing it drops none of SQLite's locks: those are on the database and the -shm file.)
     """
 
-    def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDONLY)
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -1730,13 +1731,18 @@ class SQLiteRunner(SQLRunner):
         if deadline is not None:
             self._lock.acquire(deadline, check=True)  # who replaced the file may have replaced the lock file too
             identity = file_identity(self.path)
-        try:
-            self._connect(identity, write)
-        except BrokerError:
-            self._disconnect()
-            if write or file_identity(self.path) == identity:
-                raise
-            self._use_current_file()  # it was deleted or replaced at this moment: one more try
+        give_up_at = time.monotonic() + REOPEN_S
+        while True:
+            try:
+                self._connect(identity, write)
+                return
+            except BrokerError as error:
+                self._disconnect()
+                before, identity = identity, file_identity(self.path)
+                may_pass = identity != before or isinstance(error, OperationalError)
+                if write or not may_pass or time.monotonic() > give_up_at:
+                    raise
+                time.sleep(MIN_SLEEP_S)  # it was deleted or replaced at this moment
 
     def _connect(self, identity: tuple[int, int] | None, write: bool) -> None:
         if self._connection is None or identity is None or identity != self._identity:
@@ -1758,8 +1764,9 @@ class SQLiteRunner(SQLRunner):
             self._identity = identity
         if write:
             self._use_wal()
+            self._execute(SELECT_VERSION)  # makes the log, if it was not there
             try:
-                self._log = _Log(self.path + "-wal") if self._syncs else None
+                self._log = _Log(os.open(self.path + "-wal", os.O_RDONLY)) if self._syncs else None
             except OSError as error:
                 raise OperationalError(f"cannot open the log of {self.path!r}: {error.strerror}") from error
             self._writable = True
@@ -1771,8 +1778,14 @@ class SQLiteRunner(SQLRunner):
                 f"this process was forked while {self.path!r} was open, and SQLite does not survive that: open it after"
                 " the fork, fork between transactions, or start processes with spawn or exec"
             )
-        if os.path.isdir(self.path):
+        try:
+            found = os.stat(self.path)
+        except OSError as error:
+            raise OperationalError(f"cannot look at {self.path!r}, try again: {error.strerror}") from error
+        if stat.S_ISDIR(found.st_mode):
             raise OperationalError(f"{self.path!r} is a directory: give a file")
+        if found.st_nlink > 1:
+            raise DatabaseError(f"{self.path!r} has {found.st_nlink} hard links, each with a log of its own: keep one")
         path = self.path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
         uri = f"file:{path}?mode=rw" if os.sep == "/" else f"file:/{path}?mode=rw".replace("\\", "/")
         settings = self.settings
@@ -1800,8 +1813,7 @@ class SQLiteRunner(SQLRunner):
         try:
             magic = self._execute("PRAGMA application_id")[0][0]
             objects = self._execute(SELECT_OBJECTS)
-            found = os.stat(self.path)
-            if magic == 0 and not objects and found.st_size != 1:  # SQLite takes one byte for none
+            if magic == 0 and not objects and os.path.getsize(self.path) != 1:  # SQLite takes one byte for none
                 return False
             if magic != APPLICATION_ID:
                 raise self._foreign(objects)
@@ -1823,8 +1835,6 @@ class SQLiteRunner(SQLRunner):
         if present != expected or not version:
             names = ", ".join(sorted(dict(present.items() ^ expected.items()))) or "meta is empty"
             raise DatabaseError(f"{self.path!r} was altered ({names}): restore a backup or choose another file")
-        if found.st_nlink > 1:
-            raise DatabaseError(f"{self.path!r} has {found.st_nlink} hard links, each with a log of its own: keep one")
         return True
 
     def _foreign(self, objects: list[Any]) -> DatabaseError:

@@ -367,12 +367,13 @@ class Listener(simplebroker.Notifier):
         super().__init__(data_version=lambda: 1)  # nothing to look at in between: waiters look once a second
         self._open_connection = open_connection
         self._process = 0  # that has the thread
+        self._starting = threading.Lock()  # guards _process; held only to start the thread
         self.closed = False
 
     def add(self, client: Any) -> None:
         """See Notifier."""
         super().add(client)
-        with self._guard:
+        with self._starting:
             if isinstance(client, simplebroker.Waiter) and self._process != os.getpid():
                 threading.Thread(target=self._listen, name="simplebroker-listener", daemon=True).start()
                 self._process = os.getpid()
