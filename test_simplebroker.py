@@ -117,9 +117,11 @@ class BrokerTest(unittest.TestCase):
         self.environ = {name: value for name, value in os.environ.items() if not name.startswith("BROKER_")}
         self.environ.update(PYTHONPATH=str(ROOT), BROKER_SYNC_MODE="NORMAL")
         self.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each start compiles simplebroker.py anew
-        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background; children would inherit it
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self.addCleanup(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+            number = getattr(signal, name)  # ignored in a shell's background and under nohup; children inherit that
+            if signal.getsignal(number) == signal.SIG_IGN:
+                signal.signal(number, handler)
+                self.addCleanup(signal.signal, number, signal.SIG_IGN)
 
     def queue(self, name: str = "q", **options: Any) -> Queue:
         """A queue on the test's database, closed at the end."""
@@ -3185,6 +3187,7 @@ class QueueTest(ForkTest):
             self.assertEqual(self.q.stats().leased, 0)
         self.assertBodies(self.q, bodies[9:])
 
+    @unittest.skipIf(sys.implementation.name == "pypy", "needs CPython: PyPy closes no generator at its end")
     def test_read_all_that_is_broken_off_by_the_end_of_a_script_ends_at_once(self) -> None:
         """Case 5, trap 30: and the message is given back."""
         self.queue().write_many(["a", "b", "c"])
@@ -3866,8 +3869,9 @@ class WaitingTest(ConsumerTest):
         threads, before = threading.active_count(), descriptors() if os.path.isdir("/proc/self/fd") else []
         for _ in range(50):
             self.assertIsNone(queue.lease(wait=0.001))
-        self.assertEqual(threading.active_count(), threads)
-        self.assertEqual(descriptors() if before else [], before)
+        self.assertLessEqual(threading.active_count(), threads)
+        gc.collect()
+        self.assertLessEqual(len(descriptors()) if before else 0, len(before))
 
 
 class DoorbellTest(ConsumerTest):
@@ -4688,6 +4692,7 @@ class QueueWatcherTest(ConsumerTest):
         for number in range(50):
             run_one(number)
         self.wait_for(lambda: threading.active_count() <= threads, "the notifiers to end")
+        gc.collect()  # PyPy closes the descriptor of a log when it collects
         self.wait_for(lambda: not before or len(descriptors()) <= len(before), "their descriptors to be closed")
         self.assertFalse(Path(f"{self.path}-wal").exists())  # the last connection was closed
 
@@ -6250,11 +6255,10 @@ class CommandTest(BrokerTest):
         import fcntl
         import termios
 
-        def take_terminal() -> None:
-            os.setsid()
-            fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
-
-        child = self.start(*args, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=take_terminal)
+        child = self.start(
+            *args, stdin=theirs, stdout=theirs, stderr=theirs,
+            preexec_fn=lambda: (os.setsid(), fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)),
+        )  # fmt: skip
         theirs.close()
         return child
 
@@ -6328,8 +6332,8 @@ class CommandLineCasesTest(CommandTest):
     def test_the_command_of_work_gets_a_line_that_a_shell_loop_sees(self) -> None:
         """(case 36)"""
         loop = 'while read -r l; do echo "$l"; done'
-        done = self.shell(f"printf 'x\\n' | broker write e --lines; broker work e --drain -- sh -c '{loop}'")
-        self.assertRan(done, b"x\n")
+        script = f"printf 'x\\n' | broker write e --lines; broker work e --drain -- sh -c '{loop}'"
+        self.assertRan(self.shell(script), b"x\n")
 
     def test_the_command_of_work_finds_the_same_database(self) -> None:
         """(case 37)"""
@@ -6859,8 +6863,8 @@ class GrammarTest(CommandTest):
     def test_help_is_complete_and_needs_no_database_and_no_sound_environment(self) -> None:
         self.environ["BROKER_BUSY_TIMEOUT"] = "soon"
         main = self.fork("--help").stdout
-        self.assertLines(("-h", main), ("help", main), ("", main))
-        self.assertLines(("--version", f"simplebroker {simplebroker.__version__}\n".encode()))
+        version = f"simplebroker {simplebroker.__version__}\n".encode()
+        self.assertLines(("-h", main), ("help", main), ("", main), ("--version", version))
         for word in [*COMMANDS, "-d", "-f", "-q", *ACTIONS, "--json", "Exit status"]:
             self.assertRegex(main.decode(), rf"(?im)(?<![\w-]){re.escape(word)}\b")
         for name, (_, options) in COMMANDS.items():
@@ -7058,6 +7062,7 @@ class PipeTest(CommandTest):
                 self.assertEqual((done.returncode, done.stderr), (0, b""))
         self.assertEqual([self.queue(name).count() for name in "qrstu"], [100, 100, 100, 100, 0])
 
+
 class StandardStreamsTest(CommandTest):
     """Standard streams that are closed, full or terminals, and the programs around the command."""
 
@@ -7117,6 +7122,7 @@ class StandardStreamsTest(CommandTest):
         broker, place = shlex.quote(str(self.bin / "broker")), shlex.quote(str(self.path))
         script = f"cd /; {broker} -f {place} write q é; {broker} -f {place} work q --drain -- cat"
         self.assertRan(self.shell(script), "é\n".encode())
+
 
 class WatchCommandTest(CommandTest):
     """broker watch."""
@@ -7289,9 +7295,11 @@ class WorkCommandTest(CommandTest):
                 os.kill(int(pid), signal.SIGKILL)
         self.assertEqual(self.everything(), [])
 
+
 class SignalTest(CommandTest):
     """Ctrl-C, TERM and HUP at any moment: no traceback, nothing lost, the documented status."""
 
+    @unittest.skipIf(sys.implementation.name == "pypy", "needs CPython: PyPy does not tell that a signal is ignored")
     def test_a_signal_that_is_ignored_at_the_start_stays_ignored_and_one_ends_a_wait(self) -> None:
         self.queue("q", "1")
         child = self.start("watch", "q", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
@@ -7306,27 +7314,26 @@ class SignalTest(CommandTest):
         waits.send_signal(signal.SIGINT)
         self.assertRan(self.finish(waits), b"", status=128 + signal.SIGINT)
 
-    def at_random_moments(
-        self, line: str, status: int | None, check: Callable[[Done], tuple[int, int]], total: int = 2000,
-        input: bytes = b"",
-    ) -> None:  # fmt: skip
-        """Run a command on a new database of so many messages, and send it each signal at random moments.
+    def at_random_moments(self, line: str, status: int | None, check: Callable[[Done], Any], data: bytes = b"") -> None:
+        """Run a command on 2,000 messages, or with input on none, and send it each signal at random moments.
 
         check() returns how much it did, of how much. If it did some, its status is this one (None: the signal's).
         """
         seed = int(os.environ.get("TEST_SEED", random.randrange(10**6)))
         rng = random.Random(seed)
-        for number in self.SIGNALS * (50 if FULL else 5):
+        whole_s = 0.06  # of those that do not end by themselves soon; the others are measured first, with no signal
+        for number in [0] * (status is None) + [*self.SIGNALS] * (50 if FULL else 5):
             self.broker().delete_database()
-            self.queue("q", map(str, range(total)))
+            self.queue("q", map(str, range(0 if data else 2000)))
             (self.dir / "log").write_bytes(b"")
-            after = rng.uniform(0, 0.06)
+            after, started = rng.uniform(0, whole_s) if number else DEADLINE_S, time.monotonic()
 
             def stop(pid: int, end: int, number: int = number, after: float = after) -> None:
                 if not select.select([end], [], [], after)[0]:
                     os.kill(pid, number)
 
-            done = self.fork(*shlex.split(line), input=input, stop=stop)
+            done = self.fork(*shlex.split(line), input=data, stop=stop)
+            whole_s = whole_s if number else time.monotonic() - started
             shown = 128 - done.returncode if done.returncode < 0 else done.returncode  # by a shell
             with self.subTest(command=line, signal=number, after=after, seed=seed, status=done.returncode):
                 self.assertEqual((done.stderr, self.queue().stats().leased), (b"", 0))
@@ -7362,14 +7369,14 @@ class SignalTest(CommandTest):
         self.at_random_moments("move q r --all", None, lambda done: self.shared(self.left("r")))
 
     def test_write_lines_at_random_moments(self) -> None:
-        lines = [str(number) for number in range(20_000)]
+        lines = [f"{number:0500}" for number in range(5000)]  # three batches
 
         def check(done: Done) -> tuple[int, int]:
             written = self.left()
             self.assertEqual(written, lines[: len(written)])
             return len(written), len(lines)
 
-        self.at_random_moments("write q --lines", None, check, 0, "\n".join(lines).encode())
+        self.at_random_moments("write q --lines", None, check, "\n".join(lines).encode())
 
     def test_load_at_random_moments(self) -> None:
         line = '{{"type": "message", "queue": "q", "body": "x", "id": "{}"}}'
@@ -7379,7 +7386,7 @@ class SignalTest(CommandTest):
             self.assertIn(self.queue().count(), (0, 8000))
             return self.queue().count(), 8000
 
-        self.at_random_moments("load", None, check, 0, dump.encode())
+        self.at_random_moments("load", None, check, dump.encode())
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -8226,6 +8233,15 @@ class AllScriptsTest(ShellTest):
         found = subprocess.run(["shellcheck", *(EXAMPLES / name for name in SCRIPTS)], capture_output=True, check=False)
         self.assertEqual((found.returncode, found.stdout.decode()), (0, ""))
 
+    def test_the_helpers_are_the_same_text_in_each_file(self) -> None:
+        texts = [(EXAMPLES / name).read_text(encoding="utf-8") for name in SCRIPTS]
+        functions = [dict(re.findall(r"^(\w+)\(\) \{(.*?)^\}", text, re.MULTILINE | re.DOTALL)) for text in texts]
+        names = [name for name, count in Counter(name for each in functions for name in each).items() if count > 1]
+        own = {"main", "usage", "demo", "demonstrate"}
+        self.assertGreater(len(names), 2)
+        for name in set(names) - own:
+            self.assertEqual(len({each[name] for each in functions if name in each}), 1, name)
+
     def test_no_menu_without_arguments_and_no_empty_queue_where_there_is_an_error(self) -> None:
         for script in SCRIPTS:
             self.script(script, status=1)
@@ -8237,6 +8253,31 @@ class AllScriptsTest(ShellTest):
             ("work_stealing.sh", "round-robin", "jobs", "other"),
         ):
             self.script(script, *arguments, status=1)
+
+    def test_demos_end_by_themselves_and_leave_nothing(self) -> None:
+        self.write("not for the demo")
+        for script in SCRIPTS:
+            self.script(script, "demo")
+        self.assertEqual((self.totals(), list((self.dir / "tmp").iterdir())), ({"jobs": 1}, []))
+
+    def test_a_term_to_the_group_finishes_the_message_or_gives_it_back(self) -> None:  # case 60
+        work = self.shell('touch "$1/begun"; exec sleep 1')
+        for script, *arguments in (
+            ("resilient_worker.sh", "lease", "jobs"),
+            ("dead_letter_queue.sh", "simple", "jobs"),
+            ("dead_letter_queue.sh", "counted", "jobs"),
+            ("work_stealing.sh", "priority", "jobs", "--"),
+        ):
+            with self.subTest(script):
+                self.write("good")
+                process = self.start(script, *arguments, *work, MAX_ATTEMPTS=1)
+                self.wait_for((self.dir / "begun").exists)
+                os.killpg(process.pid, signal.SIGTERM)
+                process.communicate(timeout=DEADLINE_S)
+                self.assertNotIn("jobs.dead", self.totals())
+                self.assertEqual(self.queue("jobs").stats().leased, 0)
+                self.queue("jobs").delete()
+                (self.dir / "begun").unlink()
 
 
 class ResilientWorkerTest(ShellTest):
@@ -8300,6 +8341,730 @@ class WorkStealingTest(ShellTest):
         self.assertEqual(self.ready("empty"), ["next", "and next"])
         self.script("work_stealing.sh", "priority", "mine", "one", "two", "empty", "--", *self.saving())
         self.assertEqual(self.saved(), [*HOSTILE_BODIES, "next", "and next"])
+
+
+# ---------------------------------------------------------------------------------------------------
+# PostgreSQL: the same contract on a real server, and what only a server can do wrong. Never in CI: it needs
+# Debian's package "postgresql" and psycopg.
+# ---------------------------------------------------------------------------------------------------
+
+PG_IDLE_S = 10.0  # how long a client may be silent in a transaction, as the runner documents it
+
+
+class Server:
+    """A cluster of its own in a temporary directory, on a Unix socket. Root starts it as the user nobody."""
+
+    def __init__(self, bin: Path) -> None:
+        self.bin, self.dir = bin, Path(tempfile.mkdtemp(prefix="broker-postgresql-"))
+        if os.geteuid() == 0:
+            os.chown(self.dir, NOBODY, NOBODY)
+        self.url = f"postgresql:///postgres?host={self.dir}&user=broker"
+        try:
+            self.call("initdb", "-D", "db", "-A", "trust", "-U", "broker", "-E", "UTF8", "--locale=C", "--no-sync")
+            self.start()
+        except BaseException:
+            self.remove()
+            raise
+
+    def call(self, program: str, *args: str) -> None:
+        user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+        command = [str(self.bin / program), *args]
+        with open(self.dir.parent / f"{self.dir.name}.out", "wb") as out:  # pg_ctl's children keep it open
+            done = subprocess.run(command, cwd=self.dir, stdin=subprocess.DEVNULL, stdout=out, stderr=out, **user)
+        if done.returncode:
+            raise RuntimeError(f"{program} failed: {Path(out.name).read_text()}")
+
+    def start(self) -> None:
+        options = f"-k {self.dir} -c listen_addresses= -c max_connections=50"
+        self.call("pg_ctl", "-D", "db", "-w", "-l", "log", "-o", options, "start")
+
+    def stop(self, mode: str) -> None:
+        self.call("pg_ctl", "-D", "db", "-w", "-m", mode, "stop")
+
+    def remove(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self.stop("immediate")
+        shutil.rmtree(self.dir, ignore_errors=True)
+        (self.dir.parent / f"{self.dir.name}.out").unlink()
+
+
+@functools.cache
+def postgresql() -> Server:
+    """The server of this test run, started by the first test that needs it."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")) + [Path(shutil.which("initdb") or "/nowhere")]
+    if not found[0].exists():
+        raise unittest.SkipTest("needs PostgreSQL: there is no initdb (Debian: apt install postgresql)")
+    if importlib.util.find_spec("psycopg") is None:
+        raise unittest.SkipTest('needs PostgreSQL\'s client: pip install "psycopg[binary]"')
+    server, owner = Server(found[0].parent), os.getpid()
+    atexit.register(lambda: server.remove() if os.getpid() == owner else None)
+    return server
+
+
+class PostgreSQLTest(ForkTest):
+    """The URL of an empty database on a running server; the path is still that of a file."""
+
+    def setUp(self) -> None:
+        self.server = postgresql()
+        super().setUp()
+        self.url = self.server.url
+        os.environ["BROKER_SYNC_MODE"] = self.environ["BROKER_SYNC_MODE"] = "FULL"
+        self.environ["PYTHONPATH"] = os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(EXAMPLES)])
+        self.sql("DROP SCHEMA IF EXISTS simplebroker CASCADE")
+
+    def sql(self, statement: str) -> list[Any]:
+        """Run a statement as the server's owner."""
+        import psycopg
+
+        with psycopg.connect(self.server.url, autocommit=True) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    def broker(self, **options: Any) -> Broker:
+        broker = Broker(self.url, **options)
+        self.addCleanup(broker.close)
+        return broker
+
+    def command(self, *args: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+        """Run the command as a process of its own."""
+        command = [sys.executable, "-m", "simplebroker", "-f", options.pop("url", self.url), *args]
+        options = {"cwd": self.dir, "env": self.environ, "capture_output": True, "timeout": DEADLINE_S, **options}
+        return subprocess.run(command, check=False, **options)
+
+
+class ContractOfPostgreSQL(QueueContract, PostgreSQLTest):
+    """Through the URL."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self._broker = self.broker()
+
+    def b(self) -> Broker:
+        return self._broker
+
+
+class ContractOfPostgreSQLRunner(QueueContract, PostgreSQLTest):
+    """Through a runner that is given."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        runner = importlib.import_module("simplebroker_postgresql").PostgreSQLRunner(self.url)
+        self.addCleanup(runner.close)
+        self._broker = Broker(runner=runner)
+
+    def b(self) -> Broker:
+        return self._broker
+
+
+class ContractOfPostgreSQLCommand(PostgreSQLTest, ContractOfCommandLine):
+    """Through main(), each operation in a process."""
+
+    def command(self, *args: str, **options: Any) -> Any:
+        main = simplebroker.main
+        with mock.patch.object(simplebroker, "main", lambda argv: main(["-f", self.url, *argv[2:]])):
+            return ContractOfCommandLine.command(self, *args, **options)
+
+
+class PostgreSQLRoom(PostgreSQLTest):
+    """What is not in the contract."""
+
+    def statements(self, act: Callable[[], object]) -> int:
+        """How many messages the clients that log have sent while act() ran: each is a round trip."""
+        log = self.server.dir / "log"
+        before = log.read_text().count("LOG:  statement:")
+        act()
+        return log.read_text().count("LOG:  statement:") - before
+
+    @property
+    def logging_url(self) -> str:
+        return f"{self.url}&options=-c%20log_statement%3Dall"
+
+    def test_a_dump_goes_to_postgresql_and_back_and_is_the_same(self) -> None:
+        source, server = Broker(self.path), self.broker()
+        self.addCleanup(source.close)
+        bodies = ["", "a\n", "\\", "it's", "%s :x ?", "\u00e9\U0001f600\x01\x7f", "x" * 70_000]
+        for name in ("b", "a.B", "a-b", "a_b", "A"):
+            source.queue(name).write_many(bodies)
+        source.queue("b").write("later", delay=3600)
+        source.queue("b").release(source.queue("b").lease(), delay=60, reason="it's \\ % ?")
+        source.queue("A").lease(3600)
+        lines = list(source.dump())
+        self.assertEqual(server.load(lines), 36)
+        self.assertEqual(list(server.dump()), lines)
+        source.delete_all()
+        source.load(server.dump())
+        self.assertEqual(list(source.dump()), lines)
+
+    def test_a_body_with_u0000_is_refused_by_name(self) -> None:
+        queue = self.broker().queue("q")
+        for write in (lambda: queue.write("a\0b"), lambda: queue.write_many(["a", "\0"])):
+            with self.assertRaisesRegex(MessageError, r"U\+0000"):
+                write()
+        line = '{"type": "message", "queue": "q", "body": "a\\u0000", "id": 5}'
+        with self.assertRaisesRegex(UsageError, r"line 2: .*U\+0000"):
+            queue.broker.load([HEADER, line])
+        queue.write("fine")
+        self.assertEqual((queue.count(), queue.read()), (1, "fine"))
+
+    def test_transactions_nest_and_are_all_or_nothing(self) -> None:
+        broker, other = self.broker(), self.broker(settings=Settings(busy_timeout_ms=200))
+        queue = broker.queue("q")
+        with broker.transaction():
+            queue.write("a")
+            with self.assertRaises(ZeroDivisionError), broker.transaction():
+                queue.write("b")
+                self.assertEqual(queue.count(), 2)
+                raise ZeroDivisionError
+            queue.write("c")
+            with self.assertRaisesRegex(OperationalError, "busy"):
+                other.queue("q").write("no")
+            self.assertEqual(other.queue("q").count(), 0)
+        self.assertBodies(queue, ["a", "c"])
+        with self.assertRaises(OperationalError), broker.transaction() as run:
+            queue.write("d")
+            with self.assertRaises(DatabaseError):
+                run("SELECT nonsense", fetch=True)
+        self.assertBodies(queue, ["a", "c"])
+
+    def test_a_reader_that_checkpoints_by_id_misses_nothing_of_eight_writers(self) -> None:
+        each, broker = 100, self.broker()
+        broker.queue("q").count()
+
+        def write(child: Child) -> None:
+            queue = Queue("q", self.url)
+            child.hear()
+            for number in range(each):
+                queue.write(str(number))
+
+        children = [self.child(write) for _ in range(8)]
+        for child in children:
+            child.say("go")
+        seen, last = 0, 0
+        deadline = time.monotonic() + DEADLINE_S
+        while seen < 8 * each and time.monotonic() < deadline:
+            for message in broker.queue("q").peek_many(50, after=last):
+                seen, last = seen + 1, message.id
+        self.assertEqual(([child.wait() for child in children], seen), ([0] * 8, 8 * each))
+
+    def test_kills_and_restarts_lose_nothing_and_acknowledge_nothing_twice(self) -> None:
+        each, consumers = 1000 if FULL else 250, 4
+        Broker(self.url).queue("q").count()
+        acks = self.dir / "acks"
+        acks.touch()
+
+        def again(act: Callable[[], object], unknown: list[int]) -> object:
+            """Until the server is there again; what is unknown is noted."""
+            while True:
+                try:
+                    return act()
+                except OperationalError as error:
+                    unknown.append("unknown" in str(error))
+                    time.sleep(0.05)
+
+        def write(child: Child, name: int) -> None:
+            queue = Queue("q", self.url)
+            for number in range(each):
+                unknown: list[int] = []
+                again(lambda body=f"{name}.{number}": queue.write(body), unknown)
+                if any(unknown):  # written once or twice
+                    child.say(f"{name}.{number}")
+            child.say("")
+
+        def consume(child: Child) -> None:
+            queue, unknown = Queue("q", self.url), []
+            with open(acks, "a", buffering=1) as log:
+                while True:
+                    message = again(lambda: queue.lease(2, wait=1.0), unknown)
+                    if message is not None:
+                        unknown = []
+                        try:
+                            again(lambda held=message: queue.ack(held), unknown)
+                            log.write(f"{message.id} {message} {int(any(unknown))}\n")
+                        except LeaseLost:  # acknowledged before the restart, or given to another
+                            log.write(f"{message.id} {message} 2\n" if any(unknown) else "")
+
+        writers = [self.child(lambda child, name=name: write(child, name)) for name in range(2)]
+        workers = [self.child(consume) for _ in range(consumers)]
+        chance = random.Random(12)
+        for kill in range(8):
+            self.wait_for(lambda kill=kill: len(acks.read_bytes().splitlines()) > kill * each // 8, "acknowledgements")
+            if kill in (3, 6):
+                self.server.stop("fast" if kill == 3 else "immediate")
+                self.server.start()
+            victim = chance.randrange(consumers)
+            workers[victim].signal(signal.SIGKILL)
+            self.assertEqual(workers[victim].wait(), -signal.SIGKILL)
+            workers[victim] = self.child(consume)
+        doubtful: set[str] = set()
+        for writer in writers:
+            while body := writer.hear():
+                doubtful.add(body)
+            self.assertEqual(writer.wait(), 0)
+        with Broker(self.url) as broker:
+            self.wait_for(lambda: not broker.queues(), "the end of the queue")
+        for worker in workers:
+            worker.end()
+        records = [line.split() for line in acks.read_text().splitlines()]
+        sure = [id for id, _, unknown in records if unknown == "0"]
+        self.assertEqual(len(sure), len(set(sure)))
+        bodies = Counter({body: 0 for _, body, _ in records})
+        bodies.update(body for _, body in {(id, body) for id, body, _ in records})
+        self.assertEqual({body for body, count in bodies.items() if count > 1} - doubtful, set())
+        # A consumer that was killed between its acknowledgement and its note has eaten one: at most one for each kill.
+        lost = {f"{name}.{number}" for name in range(2) for number in range(each)} - set(bodies)
+        self.assertLessEqual(len(lost), 8, lost)
+
+    def test_a_stopped_client_blocks_the_others_for_the_documented_time_only(self) -> None:
+        queue = self.broker(settings=Settings(busy_timeout_ms=30_000)).queue("q")
+        queue.write("a")
+
+        def hold(child: Child) -> None:
+            with contextlib.suppress(OperationalError), Broker(self.url).transaction() as run:
+                run(ext.SELECT_VERSION, fetch=True)
+                child.say("inside")
+                child.hear()
+                run(ext.RECORD_NEWEST)
+                return
+            child.say("refused")
+
+        child = self.child(hold)
+        self.assertEqual(child.hear(), "inside")
+        child.signal(signal.SIGSTOP)
+        began = time.monotonic()
+        queue.write("b")
+        self.assertLess(time.monotonic() - began, PG_IDLE_S + 5)
+        child.say()
+        child.signal(signal.SIGCONT)
+        self.assertEqual(child.hear(), "refused")
+
+    def test_a_machine_whose_clock_is_ahead_steals_no_lease(self) -> None:
+        queue = self.broker().queue("q")
+        queue.write("a")
+        self.assertEqual(queue.lease(30), "a")
+        now = time.time_ns
+        with mock.patch("time.time_ns", lambda: now() + HOUR_NS), mock.patch("time.time", lambda: now() / NS + 3600):
+            with Queue("q", f"{self.url}&application_name=ahead") as ahead:
+                self.assertIsNone(ahead.lease(30))
+                self.assertLess(ahead.write("b"), now() + HOUR_NS // 2)
+
+    def test_a_lost_connection_is_an_error_once_and_then_a_new_one(self) -> None:
+        queue = self.broker().queue("q")
+        queue.write("a")
+        end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'simplebroker'"
+        self.sql(end)
+        queue.write("b")  # it was idle: nothing was in doubt
+        with self.assertRaisesRegex(OperationalError, "lost"), queue.broker.transaction():
+            queue.write("c")
+            self.sql(end)
+            queue.write("d")
+        self.assertBodies(queue, ["a", "b"])
+
+    def test_threads_and_forks_share_a_runner(self) -> None:
+        broker = self.broker()
+        queue = broker.queue("q")
+        queue.write("parent")
+        with ThreadPoolExecutor(8) as pool:
+            ids = list(pool.map(lambda number: queue.write(str(number)), range(80)))
+            with broker.transaction():
+                child = self.child(lambda child: queue.write("child"))
+            self.assertEqual(child.wait(), 0)
+        self.assertEqual((len(set(ids)), queue.count()), (80, 82))
+
+    def test_an_idle_watcher_is_woken_and_asks_once_a_second(self) -> None:
+        queue, woken = self.broker().queue("q"), []
+
+        def watch(child: Child) -> None:
+            def handle(message: Message, timestamp: int) -> None:
+                child.say(str(time.monotonic_ns()))
+
+            QueueWatcher("q", handle, db=self.logging_url).watch()
+
+        child = self.child(watch)
+        queue.write("first")
+        child.hear()
+        for _ in range(20):
+            time.sleep(0.05)  # it is idle then
+            began = time.monotonic_ns()
+            queue.write("x")
+            woken.append((int(child.hear()) - began) / 1e6)
+        self.assertLess(statistics.median(woken), 10 if FULL else 50)
+        time.sleep(1.0)
+        self.assertLessEqual(self.statements(lambda: time.sleep(3.0)), 4)
+
+    def test_a_write_is_one_round_trip_and_the_others_are_two(self) -> None:
+        queue = Queue("q", self.logging_url)
+        self.addCleanup(queue.close)
+        queue.write_many(["a", "b", "c"])
+        held: list[Any] = []
+        acts = {
+            "write": lambda: queue.write("x"), "write_many": lambda: queue.write_many(["y", "z"]), "read": queue.read,
+            "read_many": lambda: queue.read_many(2), "lease": lambda: held.append(queue.lease()),
+            "ack": lambda: queue.ack(held[0]), "peek": queue.peek, "count": queue.count,
+        }  # fmt: skip
+        trips = {name: self.statements(act) for name, act in acts.items()}
+        self.assertEqual(list(trips.values()), [1, 1, 2, 2, 2, 2, 1, 1], trips)
+
+    def test_the_commands_work_on_a_url(self) -> None:
+        secret = self.url.replace("///", "//broker:hush@/") + "&password=hush"
+        self.assertRan(self.command("write", "q", "a", url=secret), b"")
+        status = self.command("--status", "--json", url=secret)
+        self.assertRan(status)
+        self.assertNotIn(b"hush", status.stdout)
+        self.assertEqual(json.loads(status.stdout)["messages"], 1)
+        work = [sys.executable, "-m", "simplebroker", "read", "other"]
+        self.command("write", "other", "b")
+        self.assertRan(self.command("work", "q", "--drain", "--", *work, url=secret), b"b\n")
+        vacuum = self.command("--vacuum")
+        self.assertRan(vacuum, b"")
+        self.assertIn(b"VACUUM FULL simplebroker.messages", vacuum.stderr)
+        cleanup = self.command("--cleanup")
+        self.assertRan(cleanup, b"", 1)
+        self.assertIn(b"DROP SCHEMA simplebroker CASCADE", cleanup.stderr)
+        self.command("write", "q", "c")
+        child = subprocess.Popen(
+            [sys.executable, "-m", "simplebroker", "-f", self.url, "watch", "q"],
+            stdout=subprocess.PIPE, env=self.environ, cwd=self.dir,
+        )  # fmt: skip
+        self.addCleanup(self.reap, child)
+        assert child.stdout is not None
+        self.assertEqual(child.stdout.readline(), b"c\n")
+        child.send_signal(signal.SIGTERM)
+        self.assertEqual(child.wait(DEADLINE_S), 0)
+
+    def test_an_unreachable_server_is_a_plain_error(self) -> None:
+        done = self.command("write", "q", "a", url=f"postgresql://broker:hush@/x?host={self.dir}")
+        self.assertRan(done, b"", 1)
+        self.assertNotIn(b"hush", done.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Cases: small inputs on which the first edition failed, and what the first trials of this one got wrong.
+# ---------------------------------------------------------------------------------------------------
+
+
+class CasesTest(ForkTest):
+    def test_where_no_thread_can_be_started_waiters_look_by_themselves_and_the_next_one_tries_again(self) -> None:
+        """Case 3, trap 28."""
+        queue = self.queue()
+        queue.write("a")
+        with mock.patch("threading.Thread.start", side_effect=RuntimeError("can't start new thread")):
+            with self.assertLogs("simplebroker", "WARNING"):
+                self.assertEqual(queue.read(wait=5), "a")
+                started = time.monotonic()
+                self.assertIsNone(queue.read(wait=0.3))
+            self.assertGreaterEqual(time.monotonic() - started, 0.3)
+            before = len(os.listdir("/proc/self/fd")) if ON_LINUX else 0
+            for _ in range(20):
+                with self.assertLogs("simplebroker", "WARNING"):
+                    queue.read(wait=0.001)
+            self.assertLessEqual(len(os.listdir("/proc/self/fd")) if ON_LINUX else 0, before)
+        timer = threading.Timer(0.1, queue.write, ["b"])
+        timer.start()
+        self.assertEqual(queue.read(wait=DEADLINE_S), "b")
+        timer.join()
+
+    def test_a_watcher_outlives_a_directory_that_cannot_be_read_for_a_while(self) -> None:
+        """Case 4, trap 29."""
+        self.queue().write("a")
+        root = os.geteuid() == 0
+        for path in (self.dir, *self.dir.iterdir()) if root else ():
+            os.chown(path, NOBODY, NOBODY)
+
+        def work(child: Child) -> None:
+            logging.disable(logging.CRITICAL)
+            os.chdir("/")
+            watcher = QueueWatcher("q", lambda message, timestamp: child.say(message), db=self.path)
+            watcher.run_in_thread()
+            child.hear()
+            os.chmod(self.dir, 0)
+            try:
+                with self.assertRaises(OperationalError):
+                    Queue("q", self.path).write("x")
+                time.sleep(1.2)  # longer than any look
+            finally:
+                os.chmod(self.dir, 0o700)
+            Queue("q", self.path).write("b")
+            child.hear()
+
+        child = self.child(work, NOBODY if root else None)
+        self.assertEqual(child.hear(), "a")
+        child.say()
+        self.assertEqual(child.hear(), "b")
+        child.say()
+        self.assertEqual(child.wait(), 0)
+
+    @unittest.skipUnless(sys.implementation.name == "cpython", "needs CPython: a fork that runs no hooks")
+    def test_a_fork_that_runs_no_hooks_is_refused_in_the_child_and_harmless_to_the_parent(self) -> None:
+        """Case 6, trap 33."""
+        code = """
+            import ctypes, os, sys
+            from simplebroker import OperationalError, Queue
+            queue = Queue("q", sys.argv[1])
+            queue.write("a")
+            pid = ctypes.PyDLL(None).fork()
+            if not pid:
+                answers = []
+                for act in (queue.read, lambda: queue.write("lost"), queue.count, Queue("other", sys.argv[1]).count):
+                    try:
+                        act()
+                    except OperationalError as error:
+                        answers.append("after the fork" in str(error))
+                os._exit(0 if answers == [True] * 4 else 1)
+            print(os.waitpid(pid, 0)[1], flush=True)
+            queue.write("b")
+        """
+        child = self.python(code, str(self.path))
+        self.assertEqual(child.communicate(timeout=DEADLINE_S)[0], b"0\n")
+        self.assertBodies(self.queue(), ["a", "b"])
+
+    def test_a_handler_that_ends_its_thread_counts_as_an_attempt(self) -> None:
+        """Case 11, trap 34."""
+        queue = self.queue()
+        ends: list[type[BaseException]] = [SystemExit, KeyboardInterrupt, asyncio.CancelledError]
+        for number, end in enumerate(ends):
+            queue.write_many(["poison", "next"])
+            for attempt in (1, 2):
+                watcher = QueueWatcher(queue, mock.Mock(side_effect=end("stop")), max_attempts=2, batch_size=2)
+                with self.subTest(end.__name__, attempt=attempt), self.assertRaises(end):
+                    watcher.watch()
+                states = [(str(m), m.attempt, m.state) for m in queue.peek_all(held=True)]
+                self.assertEqual(states, [("poison", 1, "ready"), ("next", 0, "ready")][attempt - 1 :])
+            buried = queue.broker.queue("q.dead").read()
+            assert buried is not None
+            self.assertEqual(buried.reason, f"{end.__name__}: stop (attempt 2)", number)
+            queue.delete()
+
+    def test_a_watcher_made_before_a_fork_gives_back_what_fails_in_the_child(self) -> None:
+        """Case 12."""
+        queue = self.queue()
+        queue.write("a")
+        handler = mock.Mock(side_effect=ValueError("no"))
+        watcher = QueueWatcher(queue, handler, error_handler=lambda *_: False)
+
+        def work(child: Child) -> None:
+            watcher.watch()
+            self.assertEqual(queue.stats()[:3], (1, 0, 0))
+
+        self.assertEqual(self.child(work).wait(), 0)
+        self.assertEqual([(m.attempt, m.reason) for m in queue.peek_all()], [(1, "ValueError: no")])
+
+    def test_a_vacuum_waits_for_no_reader(self) -> None:
+        """Case 13."""
+        queue = self.queue(settings=Settings(sync_mode="OFF"))
+        queue.write_many(["x" * 1000] * 500)
+        lines = queue.broker.dump()
+        next(lines)
+        queue.delete()
+        started = time.monotonic()
+        queue.broker.vacuum()
+        self.assertLess(time.monotonic() - started, 4)  # the busy timeout is 5 s
+        self.assertEqual(len(list(lines)), 500)
+
+    def test_a_queue_is_never_its_own_dead_letter_queue(self) -> None:
+        """Case 15, trap 36."""
+        queue = self.queue()
+        queue.write("a")
+        message = queue.lease()
+        assert message is not None
+        for act in (
+            lambda: QueueWatcher(queue, print, dead_letter="q"), lambda: queue.dead_letter(message, "q"),
+            lambda: queue.requeue("q"),
+        ):  # fmt: skip
+            with self.assertRaises(ValueError):
+                act()
+
+    @unittest.skipUnless(sys.implementation.name == "cpython", "needs CPython: C code that handles signals")
+    def test_signals_that_c_code_handles_are_left_alone_and_ignored_ones_stay_ignored(self) -> None:
+        """Case 16."""
+        code = """
+            import ctypes, signal, sys
+            from simplebroker import QueueWatcher
+            libc = ctypes.CDLL(None)
+            libc.signal(signal.SIGTERM, libc.abs)  # any function of C
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            signal.getsignal(signal.SIGTERM)
+            watcher = QueueWatcher("q", lambda m, ts: watcher.request_stop(), db=sys.argv[1])
+            watcher.queue.write("a")
+            watcher.watch()
+            print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
+        """
+        child = self.python(code, str(self.path))
+        self.assertEqual(child.communicate(timeout=DEADLINE_S)[0], b"True\n")
+
+    def test_a_second_hard_link_is_refused(self) -> None:
+        """Case 17."""
+        self.queue().write("a")
+        link = self.dir / "link.db"
+        os.link(self.path, link)
+        for path in (self.path, link):
+            with self.assertRaisesRegex(DatabaseError, "hard links"), Broker(path, settings=Settings(cache_mb=7)) as b:
+                b.queue("q").write("b")
+        link.unlink()
+        self.assertBodies(self.queue(), ["a"])
+
+    def test_a_waiter_of_a_custom_runner_is_woken_in_a_forked_child(self) -> None:
+        """Case 18."""
+        runner = PlainRunner(self.path)
+        broker = Broker(runner=runner)
+        broker.queue("q").count()
+        waiting = threading.Event()
+
+        def wait() -> None:
+            with broker.waiter() as waiter:
+                waiting.set()
+                waiter.wait(1)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        waiting.wait(DEADLINE_S)
+
+        def work(child: Child) -> None:
+            with broker.waiter() as waiter:
+                self.assertTrue(waiter.wait(DEADLINE_S))
+
+        self.assertEqual(self.child(work).wait(), 0)
+        thread.join()
+        runner.close()
+
+    def test_rows_of_other_programs_are_refused_or_read(self) -> None:
+        """Case 20."""
+        queue = self.queue()
+        queue.write("a")
+        connection = sqlite3.connect(str(self.path), isolation_level=None)
+        self.addCleanup(connection.close)
+        insert = "INSERT INTO messages (id, queue, body, held_until) VALUES (?, ?, ?, ?)"
+        for row in ((5, "q", b"blob", None), (5, "q", "x", "soon"), (0, "q", "x", None), (2**63 - 1, "q", "x", None)):
+            with self.assertRaises(sqlite3.IntegrityError, msg=str(row)):
+                connection.execute(insert, row)
+        connection.execute("INSERT INTO messages (id, queue, body) VALUES (5, 'q', CAST(x'61ff62' AS TEXT))")
+        self.assertBodies(queue, ["a\ufffdb", "a"])
+        self.assertEqual(queue.read(), "a\ufffdb")
+
+    def test_the_log_shrinks_again_after_a_reader_held_it_up(self) -> None:
+        """Case 21, trap 22."""
+        settings = Settings(sync_mode="OFF", wal_autocheckpoint=10)
+        queue = self.queue(settings=settings)
+        queue.write_many(["x" * 1000] * 20)
+        lines = queue.broker.dump()
+        next(lines)
+        for _ in range(30):
+            queue.write_many(["x" * 1000] * 50)
+        log = Path(f"{self.path}-wal")
+        self.assertGreater(log.stat().st_size, 1_000_000)
+        list(lines)
+        for _ in range(30):
+            queue.write("x")
+        self.assertLessEqual(log.stat().st_size, 4 * 10 * simplebroker.PAGE_BYTES + 65536)
+
+    def test_nothing_warns(self) -> None:
+        """Case 22."""
+        code = 'from simplebroker import Queue; q = Queue("q", "w.db"); q.write("x"); q.write_many(["a"]); print(q.read())'
+        with mock.patch.object(sys.modules[__name__], "PYTHON", [*PYTHON, "-W", "error"]):
+            done = self.python(code, stderr=subprocess.PIPE).communicate(timeout=DEADLINE_S)
+        self.assertEqual(done, (b"x\n", b""))
+
+    def test_another_journal_mode_is_set_back_to_the_log(self) -> None:
+        """Case 75."""
+        with Broker(self.path) as broker:
+            broker.queue("q").write("a")
+        connection = sqlite3.connect(str(self.path), isolation_level=None)
+        connection.execute("PRAGMA journal_mode = DELETE").fetchall()
+        connection.close()
+        queue = self.queue(settings=Settings(sync_mode="FULL"))
+        self.assertEqual(queue.peek(), "a")
+        queue.write("b")
+        self.assertBodies(queue, ["a", "b"])
+        self.assertTrue(Path(f"{self.path}-wal").exists())
+
+    def test_a_database_of_another_version_or_program_is_refused_with_the_remedy_and_left_as_it_was(self) -> None:
+        """Case 33, trap 41."""
+        magic = simplebroker.APPLICATION_ID
+        kinds = {
+            "version 1": ("dump it", ["CREATE TABLE meta (singleton, version, last_id)", "INSERT INTO meta VALUES (1, 1, 0)"], magic),
+            "broker load": ("PyPI", ["CREATE TABLE meta (key, value)", "INSERT INTO meta VALUES ('magic', 'simplebroker-v1')"], 0),
+            "another program": ("choose another", ["CREATE TABLE meta (a)"], 0),
+        }  # fmt: skip
+        for number, (words, (more, statements, application)) in enumerate(kinds.items()):
+            path = self.dir / f"{number}.db"
+            connection = sqlite3.connect(str(path), isolation_level=None)
+            for statement in (*statements, f"PRAGMA application_id = {application}"):
+                connection.execute(statement)
+            connection.close()
+            before = path.read_bytes()
+            with Broker(path) as broker:
+                for act in (broker.queues, lambda broker=broker: broker.queue("q").write("x")):
+                    with self.subTest(words), self.assertRaisesRegex(DatabaseError, more) as caught:
+                        act()
+                    self.assertIn(words, str(caught.exception))
+            self.assertEqual((path.read_bytes(), len(list(self.dir.glob(f"{number}.db*")))), (before, 1))
+
+    def test_a_child_forked_in_a_transaction_leaves_it_to_the_parent_also_at_its_exit(self) -> None:
+        """The first fault of the trials."""
+        code = """
+            import os, sys
+            from simplebroker import Broker
+            broker = Broker(sys.argv[1])
+            with broker.transaction():
+                broker.queue("q").write("a")
+                pid = os.fork()
+                if not pid:
+                    sys.exit(0)  # not os._exit: everything is torn down
+                os.waitpid(pid, 0)
+                broker.queue("q").write("b")
+        """
+        child = self.python(code, str(self.path), stderr=subprocess.DEVNULL)
+        child.communicate(timeout=DEADLINE_S)
+        self.assertBodies(self.queue(), ["a", "b"])
+
+    def test_a_fork_during_a_dump_does_not_cut_it_short(self) -> None:
+        """The second fault of the trials."""
+        queue = self.queue()
+        queue.write_many([str(number) for number in range(100)])
+        lines = queue.broker.dump()
+        next(lines)
+
+        def work(child: Child) -> None:
+            with self.assertRaisesRegex(OperationalError, "after the fork"):
+                list(lines)
+
+        self.assertEqual(self.child(work).wait(), 0)
+        self.assertEqual(len(list(lines)), 100)
+
+    def test_forks_beside_threads_that_open_and_close_brokers_never_hang(self) -> None:
+        """The third fault of the trials, trap 18."""
+        self.queue().write("a")
+        stop = threading.Event()
+
+        def open_and_close() -> None:
+            while not stop.is_set():
+                Broker(self.path, settings=Settings(cache_mb=5)).close()
+
+        threads = [threading.Thread(target=open_and_close) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(30):
+                child = self.child(lambda child: self.assertEqual(Queue("q", self.path).peek(), "a"))
+                self.assertEqual(child.wait(), 0)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+    def test_a_reader_that_opens_just_as_the_file_is_deleted_finds_nothing(self) -> None:
+        """The fourth fault of the trials."""
+
+        def work(child: Child) -> None:
+            child.say("ready")
+            while True:
+                with Broker(self.path) as broker:
+                    broker.queue("q").write("a")
+                    broker.delete_database()
+
+        self.assertEqual(self.child(work).hear(), "ready")
+        for _ in range(300):
+            with Broker(self.path) as broker:
+                self.assertIn(broker.queue("q").peek(), (None, "a"))
 
 
 # ---------------------------------------------------------------------------------------------------
