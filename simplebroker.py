@@ -47,7 +47,7 @@ import threading
 import time
 import weakref
 from collections import namedtuple
-from functools import partial
+from functools import partial, wraps
 
 try:
     import fcntl
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from typing import Any, Callable, NoReturn, TypeVar, Union
 
     T = TypeVar("T")
+    F = TypeVar("F", bound=Callable[..., Any])
     StrPath = Union[str, os.PathLike[str]]
     Id = Union[int, str, None]
     Run = Callable[..., list[Any]]
@@ -806,44 +807,46 @@ def make_directory_of(path: str) -> None:
 class WriterLock:
     """The advisory lock on DATABASE.lock: one holder among all processes. Not for two threads at once.
 
-    The kernel releases the lock of a killed holder. A stopped holder makes acquire() raise
-    OperationalError at its deadline. Where files cannot be locked, SQLite's own locking has to be enough:
-    correct, only slower.
+    The kernel releases the lock of a killed holder. A stopped holder makes acquire() raise OperationalError at
+    its deadline. Where files cannot be locked SQLite's own locking has to be enough: correct, only slower.
     """
 
     def __init__(self, database: StrPath) -> None:
         self.path = os.fspath(database) + LOCK_SUFFIX
-        self._fd: int | None = None
         self.usable = fcntl is not None  # files can be locked here
-        self._taken_at = 0.0  # monotonic, as the next two
-        self._away_until = 0.0
-        self._checked_at = 0.0  # the last comparison with the path
+        self._fd: int | None = None
+        # Monotonic times: it was taken, it is left to others until, its file was compared with the path.
+        self._taken_at = self._away_until = self._checked_at = 0.0
 
     def acquire(self, deadline: float, *, check: bool = False) -> bool:
-        """Take the lock; OperationalError at the monotonic deadline. Return whether it took a while.
+        """Take the lock; OperationalError at the monotonic deadline. Return whether others had it.
 
         ``check``: compare the file with its path in any case. Allowed while the lock is held.
         """
-        if not self.usable:
-            return False
-        now, waited = time.monotonic(), False
-        if now < self._away_until:
-            time.sleep(self._away_until - now)
-        while True:
+        waited, pause_s = False, self._away_until - time.monotonic()
+        if pause_s > 0:
+            time.sleep(pause_s)
+        while self.usable:
             fd = self._open() if self._fd is None else self._fd
-            if not self._try(fd):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise OperationalError(
                         f"the database is busy: another process holds {self.path!r} for longer than BROKER_BUSY_TIMEOUT"
-                    )
+                    ) from None
                 low, high = LOCK_PAUSE_US
                 time.sleep((low + time.monotonic_ns() % (high - low)) / 1e6)  # importing random costs 2 ms
                 waited = True
                 continue
+            except OSError:  # ENOSYS, ENOLCK, EOPNOTSUPP: no locks on this file system
+                self.usable = False
+                break
             self._taken_at = time.monotonic()
             if not (waited or check or self._taken_at - self._checked_at > LOCK_CHECK_S) or self._is_current(fd):
-                return waited
+                break
             self.close()  # someone replaced the file: two holders could each own a lock of that name
+        return waited
 
     def release(self) -> None:
         """Let the next writer in."""
@@ -872,15 +875,6 @@ class WriterLock:
         remove_file(self.path)
         self.close()
 
-    def _try(self, fd: int) -> bool:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:  # ENOSYS, ENOLCK, EOPNOTSUPP: no locks on this file system
-            self.usable = False
-        return True
-
     def _open(self) -> int:
         make_directory_of(self.path)
         try:
@@ -888,18 +882,16 @@ class WriterLock:
             if os.fstat(self._fd).st_mode & 0o700 != 0o600:
                 os.fchmod(self._fd, 0o600)  # the umask took bits away from the owner
         except OSError as error:
+            why = f"{error.strerror}; make the directory writable"
             if os.path.islink(self.path):
-                raise OperationalError(f"the lock file {self.path!r} is a symbolic link: remove it") from error
-            raise OperationalError(
-                f"cannot open the lock file {self.path!r}: {error.strerror}; make the directory writable"
-            ) from error
+                why = "it is a symbolic link: remove it"
+            raise OperationalError(f"cannot open the lock file {self.path!r}: {why}") from error
         return self._fd
 
     def _is_current(self, fd: int) -> bool:
         self._checked_at = time.monotonic()
         mine = os.fstat(fd)
         return (mine.st_dev, mine.st_ino) == file_identity(self.path)
-
 
 # ---------------------------------------------------------------------------------------------------
 # Notifier: one background thread per database and process, while somebody waits. It sleeps in inotify on the lock
@@ -1016,20 +1008,23 @@ class Notifier:
         with self._guard:
             self._clients.add(client)
             if self._thread is None:
-                try:
-                    if self._inotify is None and self._database:
-                        self._inotify = _Inotify(self._database + LOCK_SUFFIX)
-                        self._inotify.attach()
-                except (ImportError, AttributeError, OSError, OperationalError):  # no such call, no descriptors
-                    pass
-                self._thread = threading.Thread(target=self._serve, name=NOTIFIER_NAME, daemon=True)
-                try:
-                    self._thread.start()
-                except BaseException as error:  # an interrupt, a limit of processes, an interpreter that ends
-                    self._thread = None
-                    if not isinstance(error, RuntimeError):
-                        raise
-                    log_warning("waiting without a notifier: %s", error)
+                self._start()
+
+    def _start(self) -> None:
+        try:
+            if self._inotify is None and self._database:
+                self._inotify = _Inotify(self._database + LOCK_SUFFIX)
+                self._inotify.attach()
+        except (ImportError, AttributeError, OSError):  # no such call, no descriptors
+            pass
+        try:
+            self._thread = threading.Thread(target=self._serve, name=NOTIFIER_NAME, daemon=True)
+            self._thread.start()
+        except BaseException as error:  # an interrupt, a limit of processes, an interpreter that ends
+            self._thread = None
+            if not isinstance(error, RuntimeError):
+                raise
+            log_warning("waiting without a notifier: %s", error)
 
     def remove(self, client: Any) -> None:
         """Serve it no longer."""
@@ -1054,17 +1049,20 @@ class Notifier:
     def _serve(self) -> None:
         seen: object = None
         look_at, failed = 0.0, False
-        while True:
+        while self._is_needed():
             try:
-                notified, pause = self._sleep()
+                told = self._inotify is not None and self._inotify.attach()
+                notified = self._sleep(told)
                 if notified or time.monotonic() >= look_at:
-                    look_at = time.monotonic() + pause
+                    look_at = time.monotonic() + (NOTIFIED_LOOK_S if told else self.interval_s)
                     version = self._data_version()  # before waking: what is committed after it is new again
                     if notified or version not in (None, seen):
                         seen = version or seen
                         self._wake_waiters()
                         time.sleep(YIELD_S)
-                self._run_tasks()
+                for client in self._served():
+                    if client.next_at <= time.monotonic():
+                        client.run()
                 failed = False
             except Exception as error:  # noqa: BLE001 - whatever it is, the waiters look, and it is tried again
                 if not failed:
@@ -1072,26 +1070,25 @@ class Notifier:
                 failed = True
                 self._wake_waiters()
                 time.sleep(SLICE_S)
-            with self._guard:
-                if self._thread is not threading.current_thread():  # add() was interrupted when this had started
-                    return
-                if not self._clients or _ending:
-                    self._close_inotify()
-                    self._thread = None
-                    return
 
-    def _sleep(self) -> tuple[bool, float]:
-        """Sleep until something is written or wants to be done, but not for long: clients come and go.
+    def _is_needed(self) -> bool:
+        with self._guard:
+            if self._thread is not threading.current_thread():  # add() was interrupted when this had started
+                return False
+            if self._clients and not _ending:
+                return True
+            self._close_inotify()
+            self._thread = None
+            return False
 
-        Return whether something was written, and how often to look.
-        """
-        inotify = self._inotify
+    def _sleep(self, told: bool) -> bool:
+        """Sleep until something is written (True) or wants to be done, but not for long: clients come and go."""
         next_at = min((client.next_at for client in self._served()), default=0.0)
         pause = max(0.0, min(SLICE_S, self.interval_s, next_at - time.monotonic()))
-        if inotify is not None and inotify.attach():
-            return inotify.sleep(pause), NOTIFIED_LOOK_S
+        if told and self._inotify is not None:
+            return self._inotify.sleep(pause)
         time.sleep(pause)
-        return False, self.interval_s
+        return False
 
     def _served(self) -> list[Any]:
         with self._guard:
@@ -1101,11 +1098,6 @@ class Notifier:
         for client in self._served():
             if isinstance(client, Waiter):
                 client.wake()
-
-    def _run_tasks(self) -> None:
-        for client in self._served():
-            if client.next_at <= time.monotonic():
-                client.run()
 
 
 def _end_notifiers() -> None:
@@ -1318,6 +1310,20 @@ class _Request:
             pass
 
 
+def _resets(method: F) -> F:
+    """A method of SQLiteRunner after which an interrupt leaves nothing locked; see _reset_after()."""
+
+    @wraps(method)
+    def call(self: SQLiteRunner, *args: Any) -> Any:
+        try:
+            return method(self, *args)
+        except BaseException as error:
+            self._reset_after(error)
+            raise
+
+    return call  # type: ignore[return-value]
+
+
 class SQLiteRunner(SQLRunner):
     """The runner for SQLite files: one connection, for all threads of the process.
 
@@ -1352,7 +1358,6 @@ class SQLiteRunner(SQLRunner):
         self._depth = self._owner = 0  # nested transactions, and the thread that is in them. May be read by anyone.
         self._notify = False  # the transaction has made something deliverable
         self._changes = 0  # total_changes of the connection when the transaction began
-        self._changed = False  # the last transaction has changed something
         self._forking = False  # the mutex is held because of a fork
         self._short_timeout = False  # SQLite's own busy timeout is shortened
         self._hole = False  # a sync failed: the log may have a hole on the disk
@@ -1369,48 +1374,28 @@ class SQLiteRunner(SQLRunner):
         then OperationalError. NotSynced if it is committed but the disk failed to sync.
         """
         self._check_process()
-        if self._owner == threading.get_ident():
+        if self._is_inside():
             return super().transact(function)
         request = _Request(function, durable)
-        deadline = time.monotonic() + self._timeout_s
-        try:
-            if not self._queue and self._mutex.acquire(blocking=False):
-                self._perform([request], deadline)
-            else:
-                self._stand_in_line(request, deadline)
-        except BaseException as error:
-            self._reset_after(error)
-            raise
+        self._stand_in_line(request)
         if request.error is not None:
             raise request.error
         result: T = request.result
         return result
 
-    def _stand_in_line(self, request: _Request, deadline: float) -> None:
-        """Join the commit queue, and return when the request is done, by this thread or by another.
-
-        The first in it leads: it waits for the mutex, and then takes all who have come meanwhile. Whoever comes
-        after that is the first again.
-        """
-        batch: list[_Request] = []
+    @_resets
+    def _stand_in_line(self, request: _Request) -> None:
+        """Return when a request is done, by this thread or by another."""
+        deadline = time.monotonic() + self._timeout_s
         try:
             with self._queue_guard:
                 self._queue.append(request)
                 leads = len(self._queue) == 1
-            if not leads and self._wait_in_line(request, deadline):
-                return
-            self._take_mutex(deadline)
-            # Interrupts come in the main thread: it must not leave open what became of the work of others.
-            batch = self._leave_line(request, alone=threading.current_thread() is threading.main_thread())
-            self._perform(batch, deadline)
+            if leads or not self._wait_in_line(request, deadline):
+                self._lead(request, deadline)
         finally:
-            if not batch:
-                self._leave_line(request, alone=True)
-            for each in batch:
-                if not each.done:
-                    each.error = OperationalError("the thread that did the work of several was ended from outside")
-                each.done = True
-                each.rouse()
+            if self._queue:  # it may have given up
+                self._take_from_line(request)
 
     def _wait_in_line(self, request: _Request, deadline: float) -> bool:
         """Sleep until the request is done (True) or is the first. OperationalError at the deadline."""
@@ -1422,41 +1407,42 @@ class SQLiteRunner(SQLRunner):
             request.wake.acquire()  # it is being done
         return request.done
 
-    def _leave_line(self, request: _Request, *, alone: bool) -> list[_Request]:
-        """Take this request, or all, out of the commit queue, and let the first lead. Return what was taken."""
-        taken: list[_Request] = []
+    def _lead(self, request: _Request, deadline: float) -> None:
+        """The first in line begins a transaction, and does the work of all who have come meanwhile."""
+        batch: list[_Request] = []
+        try:
+            self._begin(deadline)
+            # Interrupts come in the main thread: it must not leave open what became of the work of others.
+            alone = threading.current_thread() is threading.main_thread()
+            batch = self._take_from_line(request) if alone else self._take_from_line()
+            self._perform(batch)
+        finally:
+            for each in batch:
+                if not each.done:
+                    each.error = OperationalError("the thread that did the work of several was ended from outside")
+                each.done = True
+                each.rouse()
+
+    def _take_from_line(self, request: _Request | None = None) -> list[_Request]:
+        """Take this request, or all, out of the commit queue; who is the first afterwards leads."""
         with self._queue_guard:
-            if not alone:
-                taken, self._queue = self._queue, []
-            elif request in self._queue:
-                self._queue.remove(request)
-                taken = [request]
+            taken = self._queue if request is None else [request]
+            self._queue = [each for each in self._queue if each not in taken]
             if self._queue:
                 self._queue[0].rouse()
         return taken
 
-    def _perform(self, requests: list[_Request], deadline: float) -> None:
-        """Do what is asked in one transaction, let the next writer in, and sync. Errors are kept in the requests.
-
-        The caller has the mutex; afterwards it is free.
-        """
-        log = None
+    def _perform(self, requests: list[_Request]) -> None:
+        """Do what is asked, commit, let the next writer in, and sync. Errors are kept in the requests."""
+        failure = None
         try:
-            self._begin(deadline)
-            try:
-                for request in requests:
-                    self._call(request, shared=len(requests) > 1)
-                self._commit()
-            except Exception:
-                self._roll_back()
-                raise
-            if self._changed and any(request.durable for request in requests):
-                log = self._log
-        except Exception as error:  # noqa: BLE001 - raised in the threads that asked
             for request in requests:
-                request.error = request.error or (error if request is requests[0] else OperationalError(str(error)))
-        self._mutex.release()
-        failure = None if log is None else self._sync(log)
+                self._call(request, shared=len(requests) > 1)
+            failure = self._commit(any(request.durable for request in requests))
+        except Exception as error:  # noqa: BLE001 - raised in the threads that asked
+            self._roll_back()
+            for request in requests:
+                request.error = request.error or (error if len(requests) == 1 else OperationalError(str(error)))
         for request in requests:
             if failure is not None and request.durable and request.error is None:
                 request.error = NotSynced(failure, request.result)
@@ -1478,21 +1464,11 @@ class SQLiteRunner(SQLRunner):
     def begin_immediate(self) -> None:
         """Start a transaction, or a nested one. Blocks up to BROKER_BUSY_TIMEOUT, then OperationalError."""
         self._check_process()
-        if self._owner == threading.get_ident():
+        if self._is_inside():
             self._run_inside("SAVEPOINT nested")
             self._depth += 1
-            return
-        try:
-            deadline = time.monotonic() + self._timeout_s
-            self._take_mutex(deadline)
-            try:
-                self._begin(deadline)
-            except Exception:
-                self._mutex.release()
-                raise
-        except BaseException as error:
-            self._reset_after(error)
-            raise
+        else:
+            self._begin(time.monotonic() + self._timeout_s)
 
     def commit(self) -> None:
         """Commit the innermost transaction; the outermost lets the next writer in and syncs."""
@@ -1501,14 +1477,7 @@ class SQLiteRunner(SQLRunner):
             self._run_inside("RELEASE nested")
             self._depth -= 1
             return
-        try:
-            self._commit()
-            log = self._log if self._changed else None
-            self._mutex.release()
-            failure = None if log is None else self._sync(log)
-        except BaseException as error:
-            self._reset_after(error)
-            raise
+        failure = self._commit(True)
         if failure is not None:
             raise NotSynced(failure)
 
@@ -1516,7 +1485,9 @@ class SQLiteRunner(SQLRunner):
         """Undo the innermost transaction; nothing without one."""
         self._check_process()
         depth = self.depth() - 1
-        if depth > 0:
+        if depth == 0:
+            self._roll_back()
+        elif depth > 0:
             try:
                 if self._connection is not None and self._connection.in_transaction:
                     self._execute("ROLLBACK TO nested")
@@ -1527,17 +1498,13 @@ class SQLiteRunner(SQLRunner):
                     raise
             finally:
                 self._depth = depth
-        elif depth == 0:
-            try:
-                self._roll_back()
-                self._mutex.release()
-            except BaseException as error:
-                self._reset_after(error)
-                raise
 
     def depth(self) -> int:
         """In how many nested transactions this thread is."""
-        return self._depth if self._owner == threading.get_ident() else 0
+        return self._depth if self._is_inside() else 0
+
+    def _is_inside(self) -> bool:
+        return self._owner == threading.get_ident()
 
     def _take_mutex(self, deadline: float) -> None:
         if not self._mutex.acquire(timeout=max(0.0, deadline - time.monotonic())):
@@ -1546,12 +1513,14 @@ class SQLiteRunner(SQLRunner):
                 " BROKER_BUSY_TIMEOUT"
             )
 
+    @_resets
     def _begin(self, deadline: float) -> None:
-        """Take the writer lock and begin. The caller has the mutex."""
-        if self._connection is None:
-            self._use_current_file()  # refuses a foreign file before a lock file is put beside it
-        waited = self._lock.acquire(deadline)
+        """Take the mutex and the writer lock, and begin. OperationalError at the deadline, with nothing held."""
+        self._take_mutex(deadline)
         try:
+            if self._connection is None:
+                self._use_current_file()  # refuses a foreign file before a lock file is put beside it
+            waited = self._lock.acquire(deadline)
             self._use_current_file(deadline)
             if waited or self._short_timeout:
                 self._share_timeout(deadline)
@@ -1560,20 +1529,23 @@ class SQLiteRunner(SQLRunner):
             self._execute("BEGIN IMMEDIATE")
             self._changes = self._connection.total_changes  # type: ignore[union-attr]
         except Exception:
-            self._lock.release()
+            self._give_up_locks()
             raise
         self._notify, self._depth, self._owner = False, 1, threading.get_ident()
 
-    def _commit(self) -> None:
-        """Commit, notify, and unlock. The caller still has the mutex."""
+    @_resets
+    def _commit(self, durable: bool) -> str | None:
+        """Commit, notify, let the next writer in, and sync with nothing held. Return what is wrong with the sync."""
         self._run_inside("COMMIT")
-        self._changed = self._connection.total_changes != self._changes  # type: ignore[union-attr]
+        changed = self._connection.total_changes != self._changes  # type: ignore[union-attr]
+        log = self._log if durable and changed else None
         if self._notify:
             self._lock.notify()
             self._notifier.notify()
-        self._depth = self._owner = 0
-        self._lock.release()
+        self._give_up_locks()
+        return None if log is None else self._sync(log)
 
+    @_resets
     def _roll_back(self) -> None:
         """The other end of a transaction."""
         try:
@@ -1582,8 +1554,12 @@ class SQLiteRunner(SQLRunner):
         except BrokerError as error:  # the connection is of no use then; closing it rolls back
             log_warning("rollback failed too: %s", error)
             self._disconnect()
+        self._give_up_locks()
+
+    def _give_up_locks(self) -> None:
         self._depth = self._owner = 0
         self._lock.release()
+        self._mutex.release()
 
     def _sync(self, log: _Log) -> str | None:
         """Sync the log, with no lock held; return what is wrong. It undoes nothing: others have built on the commit."""
@@ -1622,31 +1598,28 @@ class SQLiteRunner(SQLRunner):
             except RuntimeError:  # it is free
                 pass
 
+    @_resets
     def _exclusively(self, function: Callable[[float], T]) -> T:
         """Call ``function(deadline)`` with the mutex held, outside of transactions."""
         self._check_process()
-        if self._owner == threading.get_ident():
+        if self._is_inside():
             raise UsageError("this thread is in a transaction: do this after it")
+        deadline = time.monotonic() + self._timeout_s
+        self._take_mutex(deadline)
         try:
-            deadline = time.monotonic() + self._timeout_s
-            self._take_mutex(deadline)
-            try:
-                result = function(deadline)
-            except Exception:
-                self._mutex.release()
-                raise
+            result = function(deadline)
+        except Exception:
             self._mutex.release()
-            return result
-        except BaseException as error:
-            self._reset_after(error)
             raise
+        self._mutex.release()
+        return result
 
     # -- statements
 
     def run(self, sql: str, params: Any = (), *, fetch: bool = False) -> list[Any]:
         """Execute one statement and return its rows. See SQLRunner."""
         self._check_process()
-        if self._owner == threading.get_ident():
+        if self._is_inside():
             if sql in NOTIFYING:
                 self._notify = True
             return self._run_inside(sql, params)
@@ -1674,7 +1647,7 @@ class SQLiteRunner(SQLRunner):
 
     def _run_inside(self, sql: str, params: Any = ()) -> list[Any]:
         """Execute a statement of this thread's transaction."""
-        if self._owner != threading.get_ident():
+        if not self._is_inside():
             raise OperationalError("this thread has no open transaction (a forked child does not inherit one)")
         if self._connection is None or not self._connection.in_transaction:
             raise OperationalError(f"{self.path!r}: {_ROLLED_BACK}")
