@@ -3200,9 +3200,10 @@ class QueueWatcher:
         suffix = f" (attempt {attempt})"
         why = (check_reason(reason) or "")[: MAX_REASON - len(suffix)] + suffix
         log_warning("queue %s: message %d is dead-lettered: %s", message.queue, message.id, why)
+        dest = self.queue.check_dead_letter(self._dead_letter)
         self._leases.done(message)
         try:
-            self.queue.dead_letter(message, self._dead_letter, reason=why)
+            self.queue.dead_letter(message, dest, reason=why)
             self.dead_lettered += 1
         except LeaseLost as error:
             log_warning("queue %s: %s", message.queue, error)
@@ -3648,8 +3649,9 @@ def read_messages(queue: Queue, options: Options, output: Output) -> int:
                 count += len(batch)
                 more = output.is_file or (count != limit and queue.look(low, high)[0])
                 progress.add(deliver(leases, batch, output, options, more=more))
-    except InterruptedError:
-        pass
+    except (InterruptedError, BrokenPipeError):
+        if not signals:
+            raise
     if signals:
         return 128 + signals[0]
     return DONE if count else NOTHING
@@ -3756,6 +3758,73 @@ def run_list(options: Options) -> int | None:
             line += f" ({stats.total} total, {stats.leased} leased, {stats.delayed} delayed)"
         lines.append(line.encode() + b"\n")
     return DONE if output.print(lines) or options.pattern is None else NOTHING
+
+
+TOP_TITLES = ("queue", "ready", "leased", "delayed", "change/s", "oldest", "")
+TOP_WIDE = "{0:{room}.{room}} {1:>8} {2:>7} {3:>7} {4:>9} {5:>6}  {6}"
+TOP_NARROW = "{0:{room}.{room}} {1:>7} {4:>9} {5:>6}"  # below 64 columns
+TOP_PAUSE_S = 0.5  # between two looks, if something changes all the time
+
+
+def run_top(options: Options) -> int | None:
+    """Redraw at each change, at most twice a second and at least every other second; without a terminal once."""
+    broker, output, signals = options.broker(), Output(), []
+    queues, seen_at = broker.queues(options.pattern), time.monotonic()
+    if not file_mode(sys.stdout) or not os.isatty(sys.stdout.fileno()):
+        output.print(line.encode() + b"\n" for line in top_lines(queues, None, 1.0, broker.clock()))
+        return DONE
+    pause = Waiter(broker.runner.notifier)  # that only a signal wakes
+
+    def stop(number: int) -> None:
+        signals.append(number)
+        pause.wake()
+        changed.wake()
+
+    with broker.waiter() as changed, StopSignals(stop):
+        try:
+            output.print([b"\x1b[?1049h\x1b[?25l"])  # a screen of its own, without the cursor
+            while not signals:
+                before, queues, last, seen_at = queues, broker.queues(options.pattern), seen_at, time.monotonic()
+                width, height = os.get_terminal_size(sys.stdout.fileno())
+                lines = top_lines(queues, before, seen_at - last, broker.clock(), width)
+                if len(lines) > height:
+                    lines[height - 1 :] = [f"and {len(lines) - height + 1} more queues"[:width]]
+                output.print([b"\x1b[H", "\x1b[K\n".join(lines).encode(), b"\x1b[K\x1b[J"])
+                pause.wait(TOP_PAUSE_S)
+                changed.wait()
+        finally:
+            output.print([b"\x1b[?25h\x1b[?1049l"])
+    return DONE
+
+
+def top_lines(
+    queues: dict[str, Stats], before: dict[str, Stats] | None, seconds: float, now: int, width: int | None = None
+) -> list[str]:
+    """The lines of ``top``, the fullest queue first, not wider than the terminal (None: as wide as they are).
+
+    The change per second is what came less what went between two looks; None before the second one.
+    """
+    shape, taken = (TOP_WIDE, 53) if width is None or width >= 64 else (TOP_NARROW, 25)
+    room = max(5, *map(len, queues), 5)
+    if width is not None:
+        room = max(1, min(room, width - taken))
+    rows: list[tuple[object, ...]] = [TOP_TITLES]
+    most = max([stats.ready for stats in queues.values()], default=0) or 1
+    for name, stats in sorted(queues.items(), key=lambda item: (-item[1].ready, item[0])):
+        came = stats.total - (before[name].total if before and name in before else 0)
+        change = "" if before is None else f"{came / max(seconds, 0.1):+.1f}"
+        age = "" if stats.oldest is None else shown_age((now - stats.oldest) / NS)
+        bar = "#" * -(-10 * stats.ready // most)
+        rows.append((name, stats.ready, stats.leased, stats.delayed, change, age, bar))
+    return [shape.format(*row, room=room)[:width].rstrip() for row in rows]
+
+
+def shown_age(seconds: float) -> str:
+    """An age in its largest unit, such as 3m."""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds // size:.0f}{unit}"
+    return f"{max(0.0, seconds):.0f}s"
 
 
 def run_delete(options: Options) -> int | None:
@@ -4105,6 +4174,7 @@ COMMANDS: dict[str, tuple[Callable[[Options], int | None], str, str, str]] = {
     "dead-letter": (run_dead_letter, "QUEUE LEASE", "reason dest", "move a leased message to the dead-letter queue"),
     "work": (run_work, "QUEUE CMD [ARG...]", _WORK, "run a command for each message, which is on its standard input"),
     "watch": (run_watch, "QUEUE", "peek move after json stamps", "print messages as they come, and remove them"),
+    "top": (run_top, "", "pattern", "show the queues as they change"),
     "list": (run_list, "", "stats json pattern", "print the queues and how many messages are ready"),
     "delete": (run_delete, "[QUEUE]", "id after before all", "remove the messages of a queue, or of --all"),
     "broadcast": (run_broadcast, "MESSAGE|-", "pattern queues", "write a message to every queue that has some"),
