@@ -1395,7 +1395,7 @@ class SQLiteRunner(SQLRunner):
                 self._lead(request, deadline)
         finally:
             if self._queue:  # it may have given up
-                self._take_from_line(request)
+                self._leave_line(request)
 
     def _wait_in_line(self, request: _Request, deadline: float) -> bool:
         """Sleep until the request is done (True) or is the first. OperationalError at the deadline."""
@@ -1413,8 +1413,8 @@ class SQLiteRunner(SQLRunner):
         try:
             self._begin(deadline)
             # Interrupts come in the main thread: it must not leave open what became of the work of others.
-            alone = threading.current_thread() is threading.main_thread()
-            batch = self._take_from_line(request) if alone else self._take_from_line()
+            shares = len(self._queue) > 1 and threading.current_thread() is not threading.main_thread()
+            batch = self._leave_line(None if shares else request)
             self._perform(batch)
         finally:
             for each in batch:
@@ -1423,22 +1423,23 @@ class SQLiteRunner(SQLRunner):
                 each.done = True
                 each.rouse()
 
-    def _take_from_line(self, request: _Request | None = None) -> list[_Request]:
+    def _leave_line(self, request: _Request | None = None) -> list[_Request]:
         """Take this request, or all, out of the commit queue; who is the first afterwards leads."""
         with self._queue_guard:
             taken = self._queue if request is None else [request]
-            self._queue = [each for each in self._queue if each not in taken]
+            self._queue = [] if taken == self._queue else [each for each in self._queue if each is not request]
             if self._queue:
                 self._queue[0].rouse()
         return taken
 
     def _perform(self, requests: list[_Request]) -> None:
         """Do what is asked, commit, let the next writer in, and sync. Errors are kept in the requests."""
-        failure = None
+        failure, durable = None, False
         try:
             for request in requests:
                 self._call(request, shared=len(requests) > 1)
-            failure = self._commit(any(request.durable for request in requests))
+                durable = durable or request.durable
+            failure = self._commit(durable)
         except Exception as error:  # noqa: BLE001 - raised in the threads that asked
             self._roll_back()
             for request in requests:
