@@ -2133,17 +2133,18 @@ class Broker:
         """The queue of that name on this broker. Closing it does not close the broker."""
         return Queue(name, broker=self)
 
+    def prepared(self) -> SQLRunner:
+        """The runner, when the schema is there. UsageError if the broker was closed."""
+        if self._closed:
+            raise UsageError("the queue or its broker was closed: make a new one")
+        if not self._prepared:
+            self.runner.prepare()
+            self._prepared = True
+        return self.runner
+
     def transact(self, function: Callable[[Run], T], durable: bool = True) -> T:
         """Call ``function(run)`` in a transaction and return its result; see SQLRunner.transact()."""
-        if self._closed or not self._prepared:
-            self._prepare()
-        return self.runner.transact(function, durable)
-
-    def insert(self, queue: str, bodies: list[str], held_until: Callable[[int], int | None]) -> list[int]:
-        """Write checked bodies to a queue; see SQLRunner.write()."""
-        if self._closed or not self._prepared:
-            self._prepare()
-        return self.runner.write(queue, bodies, held_until, self.clock)
+        return self.prepared().transact(function, durable)
 
     def transaction(self) -> Transaction:
         """``with broker.transaction() as run:`` one write transaction; ``run(sql, params, fetch=)``.
@@ -2152,22 +2153,11 @@ class Broker:
         a custom runner only if that lets transactions nest.)
         Blocks up to BROKER_BUSY_TIMEOUT, then OperationalError. Keep it short: all other writers wait.
         """
-        self._prepare()
-        return Transaction(self.runner)
+        return Transaction(self.prepared())
 
-    def run(self, sql: str, params: Any = ()) -> list[Any]:
+    def run(self, sql: str, params: Any = (), *, fetch: bool = True) -> Any:
         """Run one statement of the SQL section by itself and return its rows."""
-        if self._closed or not self._prepared:
-            self._prepare()
-        rows: list[Any] = self.runner.run(sql, params, fetch=True)
-        return rows
-
-    def _prepare(self) -> None:
-        if self._closed:
-            raise UsageError("the queue or its broker was closed: make a new one")
-        if not self._prepared:
-            self.runner.prepare()
-            self._prepared = True
+        return self.prepared().run(sql, params, fetch=fetch)
 
     def queues(self, pattern: str | None = None) -> dict[str, Stats]:
         """The queues that have messages, sorted, with their stats; only those that match the pattern."""
@@ -2223,8 +2213,7 @@ class Broker:
     def waiter(self) -> Waiter:
         """``with broker.waiter() as waiter:`` look and ``waiter.wait(seconds)`` in turn. No change between a
         look and the wait after it is missed; wait() returns False at its timeout."""
-        self._prepare()
-        return Waiter(self.runner.notifier)
+        return Waiter(self.prepared().notifier)
 
     def wait_for_change(self, timeout: float | None = None) -> bool:
         """Block until messages may have become deliverable, a second at most: look again.
@@ -2245,15 +2234,12 @@ class Broker:
 
     def vacuum(self) -> None:
         """Give unused pages back to the file system. Writers wait meanwhile."""
-        self._prepare()
-        self.runner.vacuum()
+        self.prepared().vacuum()
 
     def delete_database(self) -> bool:
         """Delete the database file and what belongs to it. False if there is none; DatabaseError if it is
         not one of ours. Other processes that use it notice, and begin a new one with their next write."""
-        if self._closed:
-            self._prepare()  # says so
-        return self.runner.delete()
+        return self.prepared().delete()
 
     def dump(self, pattern: str | None = None) -> Iterator[str]:
         """Yield the messages as lines of JSON, a header first, all from one state of the database.
@@ -2263,8 +2249,7 @@ class Broker:
         """
         import json
 
-        self._prepare()
-        with self.runner.snapshot() as run:
+        with self.prepared().snapshot() as run:
             header = {"type": "header", "format": DUMP_FORMAT, "version": DUMP_VERSION}
             yield json.dumps({**header, "last_ts": shown_id(run(SELECT_LAST_ID, fetch=True)[0][0])})
             for queue, *_ in run(SELECT_QUEUES, {"now": 0}, fetch=True):
@@ -2437,7 +2422,7 @@ class Queue:
     def __reduce__(self) -> tuple[Any, ...]:  # for processes that are spawned
         if not self.broker.path:
             raise TypeError("only a queue on a path can be pickled, not one with a custom runner")
-        return _queue_on_path, (self.name, self.broker.address, self.broker.settings)
+        return partial(Queue, settings=self.broker.settings), (self.name, self.broker.address)
 
     def __enter__(self) -> Queue:
         return self
@@ -2454,7 +2439,7 @@ class Queue:
         then, and then in its old place in the order. MessageError if the body is too large or not text.
         """
         text = check_body(body, self.broker.settings.max_message_size)
-        return self.broker.insert(self.name, [text], due_time(delay, until))[0]
+        return self.broker.prepared().write(self.name, [text], due_time(delay, until), self.broker.clock)[0]
 
     def write_many(
         self, bodies: Iterable[str], *, delay: float | None = None, until: datetime | int | None = None
@@ -2464,7 +2449,7 @@ class Queue:
             raise TypeError("bodies is an iterable of str: a single body goes to write()")
         texts = [check_body(body, self.broker.settings.max_message_size) for body in bodies]
         held_until = due_time(delay, until)
-        return self.broker.insert(self.name, texts, held_until) if texts else []
+        return self.broker.prepared().write(self.name, texts, held_until, self.broker.clock) if texts else []
 
     # -- read: at most once
 
@@ -2557,7 +2542,8 @@ class Queue:
     def peek_all(self, *, after: Id = None, before: Id = None, held: bool = False) -> Iterator[Message]:
         """Iterate over the ready messages, by id: none is skipped while others are removed. ``held`` as above."""
         low, high = id_range(None, after, before)
-        return map(self._message, walk(self._run, self.name, low, high, 2**63 - 1 if held else self.broker.clock()))
+        due_by = 2**63 - 1 if held else self.broker.clock()
+        return map(self._message, walk(self.broker.run, self.name, low, high, due_by))
 
     def _peek(self, low: int, high: int, limit: int) -> list[Message]:
         ready, due = (self.name, low, high, limit), (self.name, self.broker.clock(), low, high)
@@ -2570,9 +2556,6 @@ class Queue:
         if held_until is not None and held_until > self.broker.clock():
             state = "leased" if leased else "delayed"
         return Message(body, id, self.name, attempt, None, reason, None if state == "ready" else held_until, state)
-
-    def _run(self, sql: str, params: Any = (), *, fetch: bool = True) -> list[Any]:
-        return self.broker.run(sql, params)
 
     def has_pending(self, *, message_id: Id = None, after: Id = None, before: Id = None) -> bool:
         """Is a message ready? (With a lower bound: a newer one than that?)"""
@@ -2795,10 +2778,6 @@ class Queue:
             if found or deadline is None:
                 return found[0] if found else None
         return None
-
-
-def _queue_on_path(name: str, path: str, settings: Settings) -> Queue:
-    return Queue(name, path, settings=settings)
 
 
 def check_lease(run: Run, message: Message, *, removes: bool) -> None:
