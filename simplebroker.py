@@ -1350,7 +1350,7 @@ class SQLiteRunner(SQLRunner):
     def _begin_anew(self) -> None:
         self._pid = os.getpid()
         # Guards the connection, the writer lock and the fields below. A thread that is in a transaction holds it from
-        # begin_immediate() to commit() or rollback(). Re-entrant only so that reset() can tell whose it is.
+        # begin_immediate() to commit() or rollback(). Re-entrant only so that _reset_after() can tell whose it is.
         self._mutex = threading.RLock()
         self._identity: tuple[int, int] | None = None  # of the file that the connection has open; None: no file
         self._opened = 0  # counts the connections
@@ -3784,7 +3784,7 @@ def top_lines(
 
     The change per second is what came less what went between two looks; None before the second one.
     """
-    shape, taken = (TOP_WIDE, 53) if width is None or width >= 64 else (TOP_NARROW, 25)
+    shape, taken = (TOP_WIDE, 54) if width is None or width >= 64 else (TOP_NARROW, 25)
     room = max(5, *map(len, queues), 5)
     if width is not None:
         room = max(1, min(room, width - taken))
@@ -4241,7 +4241,9 @@ def _parse_options(options: Options, words: list[str]) -> list[str]:
             if isinstance(value, str):
                 setattr(options, name, rule(value))
         except ValueError as error:
-            raise UsageError(f"{flags.split()[-1]}: {error}; see {help}") from None
+            said = {word.partition("=")[0] for word in words}
+            flag = next((flag for flag in flags.split() if flag in said), flags.split()[-1])
+            raise UsageError(f"{flag}: {error}; see {help}") from None
     for word in operands:
         if word[:1] == "-" != word:
             raise UsageError(f"unknown option {shown(word)}: if it is text, write '--' before it; see {help}")
