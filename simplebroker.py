@@ -2462,7 +2462,7 @@ class Queue:
         when the caller crashes. ``wait``: block up to that many seconds for one (math.inf: forever).
         """
         low, high = id_range(message_id, after, before)
-        return self._first(lambda: self._take(low, high, 1), low, high, wait)
+        return next(iter(self.wait_for(lambda: self._take(low, high, 1), wait, low, high)), None)
 
     def read_many(self, limit: int, *, after: Id = None, before: Id = None) -> list[Message]:
         """Remove up to ``limit`` ready messages in one transaction and return them (at most once)."""
@@ -2568,18 +2568,30 @@ class Queue:
         pause = MAX_SLEEP_S if due is None else max(MIN_SLEEP_S, min(MAX_SLEEP_S, (due - now) / NS))
         return bool(pending), pause
 
-    def wait_until_pending(self, seconds: float, low: int = 0, high: int = MAX_ID + 1) -> bool:
-        """Block until a message between two ids is ready; False after that many seconds (math.inf: never)."""
-        deadline = time.monotonic() + seconds
+    def _sleep_until_pending(self, deadline: float, low: int, high: int) -> None:
+        """Block until a message between two ids is ready, but not longer than to a monotonic time."""
         if self.look(low, high)[0]:
-            return True
+            return
         with self.broker.waiter() as waiter:
             while True:
                 pending, pause = self.look(low, high)
                 left = deadline - time.monotonic()
                 if pending or left <= 0:
-                    return pending
+                    return
                 waiter.wait(min(pause, left))
+
+    def wait_for(self, act: Callable[[], T], wait: float | None, low: int = 0, high: int = MAX_ID + 1) -> T:
+        """Call act() and return its result. ``wait`` seconds: when a message between two ids is ready, and again until
+        the result is true or the time is over."""
+        if wait is not None and (isinstance(wait, bool) or not wait >= 0):
+            raise ValueError(f"wait is a number of seconds from 0, not {wait!r}")
+        deadline = time.monotonic() + (wait or 0)
+        while True:
+            if wait is not None:
+                self._sleep_until_pending(deadline, low, high)
+            result = act()
+            if result or wait is None or time.monotonic() >= deadline:
+                return result
 
     def is_drained(self, low: int = 0) -> bool:
         """Is no message above an id ready, leased or waiting for its next attempt?"""
@@ -2608,7 +2620,7 @@ class Queue:
         """
         low, high = id_range(message_id, after, before)
         lease_ns = to_ns(seconds, "lease")
-        return self._first(lambda: self.lease_many(lease_ns, low, high, 1), low, high, wait)
+        return next(iter(self.wait_for(lambda: self.lease_many(lease_ns, low, high, 1), wait, low, high)), None)
 
     def lease_many(self, lease_ns: int, low: int, high: int, limit: int) -> list[Message]:
         """Lease the first ready messages between two ids; LeasesInFlight.take() also keeps the leases alive.
@@ -2767,17 +2779,6 @@ class Queue:
         """Close the queue; the connection is closed with its last user. Closing twice is allowed."""
         if self._owns_broker:
             self.broker.close()
-
-    def _first(self, take: Callable[[], list[Message]], low: int, high: int, wait: float | None) -> Message | None:
-        """The first message that take() finds, before the wait is over."""
-        if wait is not None and (isinstance(wait, bool) or not wait >= 0):
-            raise ValueError(f"wait is a number of seconds from 0, not {wait!r}")
-        deadline = None if wait is None else time.monotonic() + wait
-        while deadline is None or self.wait_until_pending(max(0.0, deadline - time.monotonic()), low, high):
-            found = take()
-            if found or deadline is None:
-                return found[0] if found else None
-        return None
 
 
 def check_lease(run: Run, message: Message, *, removes: bool) -> None:
@@ -3600,12 +3601,15 @@ def write_lines(queue: Queue, options: Options, output: Output | None) -> int:
 
 def when_pending(queue: Queue, options: Options, act: Callable[[], int]) -> int:
     """Return what act() returns; with --wait it is called when there may be something, until there is."""
-    deadline = None if options.wait is None else time.monotonic() + options.wait
-    while deadline is None or queue.wait_until_pending(max(0.0, deadline - time.monotonic()), *options.range()):
+    status = NOTHING
+
+    def found() -> bool:
+        nonlocal status
         status = act()
-        if status != NOTHING or deadline is None:
-            return status
-    return NOTHING
+        return status != NOTHING
+
+    queue.wait_for(found, options.wait, *options.range())
+    return status
 
 
 def run_read(options: Options) -> int | None:
