@@ -440,6 +440,7 @@ INSERT_LOADED = "INSERT INTO messages (id, queue, body, held_until, attempt, rea
 PROMOTE_DUE = """\
 UPDATE messages SET held_until = NULL WHERE id IN (SELECT id FROM messages
     WHERE queue = ? AND held_until <= ? AND +id > ? AND +id < ? ORDER BY held_until, id LIMIT ?)"""
+SELECT_DUE = "SELECT EXISTS (SELECT 1 FROM messages WHERE queue = ? AND held_until <= ? AND +id > ? AND +id < ?)"
 # The last two columns: the highest id of all, and whether something held in the queue has become due.
 SELECT_READY = """\
 SELECT id, body, attempt, reason, (SELECT max(id) FROM messages),
@@ -988,6 +989,7 @@ class Notifier:
     ) -> None:
         self.interval_s, self._database, self._data_version = interval_s, database, data_version
         self._inotify: _Inotify | None = None
+        self._told = False  # inotify tells of commits
         self._begin()
 
     def _begin(self) -> None:
@@ -1014,7 +1016,7 @@ class Notifier:
         try:
             if self._inotify is None and self._database:
                 self._inotify = _Inotify(self._database + LOCK_SUFFIX)
-                self._inotify.attach()
+                self._told = self._inotify.attach()
         except (ImportError, AttributeError, OSError):  # no such call, no descriptors
             pass
         try:
@@ -1038,11 +1040,11 @@ class Notifier:
 
     def notify(self) -> None:
         """This process has committed something that may be deliverable: for where inotify does not tell."""
-        if self._inotify is None and self._clients:
+        if not self._told and self._clients:
             self._wake_waiters()
 
     def _close_inotify(self) -> None:
-        inotify, self._inotify = self._inotify, None
+        inotify, self._inotify, self._told = self._inotify, None, False
         if inotify is not None:
             os.close(inotify.fd)
 
@@ -1051,10 +1053,10 @@ class Notifier:
         look_at, failed = 0.0, False
         while self._is_needed():
             try:
-                told = self._inotify is not None and self._inotify.attach()
-                notified = self._sleep(told)
+                self._told = self._inotify is not None and self._inotify.attach()
+                notified = self._sleep()
                 if notified or time.monotonic() >= look_at:
-                    look_at = time.monotonic() + (NOTIFIED_LOOK_S if told else self.interval_s)
+                    look_at = time.monotonic() + (NOTIFIED_LOOK_S if self._told else self.interval_s)
                     version = self._data_version()  # before waking: what is committed after it is new again
                     if notified or version not in (None, seen):
                         seen = version or seen
@@ -1081,11 +1083,11 @@ class Notifier:
             self._thread = None
             return False
 
-    def _sleep(self, told: bool) -> bool:
+    def _sleep(self) -> bool:
         """Sleep until something is written (True) or wants to be done, but not for long: clients come and go."""
         next_at = min((client.next_at for client in self._served()), default=0.0)
         pause = max(0.0, min(SLICE_S, self.interval_s, next_at - time.monotonic()))
-        if told and self._inotify is not None:
+        if self._told and self._inotify is not None:
             return self._inotify.sleep(pause)
         time.sleep(pause)
         return False
@@ -2371,7 +2373,7 @@ def _parse_dump_line(line: str | bytes, max_bytes: int, *, header: bool) -> tupl
         check_queue_name(record.get("queue")),
         check_body(record.get("body"), max_bytes),
         None if held is None else _dumped_number(held, "held_until"),
-        _dumped_number(record.get("attempt", 0), "attempt"),
+        _dumped_number(record.get("attempt", 0), "attempt", high=2**31),
         check_reason(record.get("reason")),
     )
 
@@ -2581,17 +2583,16 @@ class Queue:
                 waiter.wait(min(pause, left))
 
     def wait_for(self, act: Callable[[], T], wait: float | None, low: int = 0, high: int = MAX_ID + 1) -> T:
-        """Call act() and return its result. ``wait`` seconds: when a message between two ids is ready, and again until
-        the result is true or the time is over."""
+        """Call act() and return its result. ``wait`` seconds: again when a message between two ids is ready, until the
+        result is true or the time is over."""
         if wait is not None and (isinstance(wait, bool) or not wait >= 0):
             raise ValueError(f"wait is a number of seconds from 0, not {wait!r}")
         deadline = time.monotonic() + (wait or 0)
         while True:
-            if wait is not None:
-                self._sleep_until_pending(deadline, low, high)
             result = act()
             if result or wait is None or time.monotonic() >= deadline:
                 return result
+            self._sleep_until_pending(deadline, low, high)
 
     def is_drained(self, low: int = 0) -> bool:
         """Is no message above an id ready, leased or waiting for its next attempt?"""
@@ -2720,8 +2721,17 @@ class Queue:
     def move_batches(self, dest: str, low: int = 0, high: int = MAX_ID + 1) -> Iterator[list[Message]]:
         """Move what is ready between two ids, one transaction for each batch, and yield the batches.
 
-        Each message moves once, also if someone moves it back meanwhile.
+        Each message moves once, also if someone moves it back meanwhile: the batches go on by id. So what is due
+        becomes ready first, all of it.
         """
+
+        def promote(run: Run) -> bool:
+            due = (self.name, self.broker.clock(), low, high)
+            run(PROMOTE_DUE, (*due, MAX_PROMOTED))
+            return bool(run(SELECT_DUE, due, fetch=True)[0][0])
+
+        while self.broker.transact(promote, durable=False):
+            pass
         size = 4
         while batch := self._move(dest, low, high, size):
             yield batch
@@ -2885,22 +2895,18 @@ class LeasesInFlight:
 
     def nack(self) -> None:
         """Give back what was taken and is not done, at once, as if it had not been leased."""
-        if self._pid != os.getpid():
+        if self._pid != os.getpid() or not self._messages:
             return
         with self._guard:
-            left, self._messages = self._messages, {}
+            left = list(self._messages.values())
 
         def undo(run: Run) -> None:
-            for message in left.values():
+            for message in left:
                 run(UNDO_LEASE, (message.id, message.lease))
 
-        if left:
-            self._queue.broker.transact(undo, durable=False)
-
-    def forget(self) -> None:
-        """Let the leases end by themselves."""
-        with self._guard:
-            self._messages.clear()
+        self._queue.broker.transact(undo, durable=False)
+        for message in left:
+            self.done(message)
 
     def run(self) -> None:
         """Extend what is in flight, in one transaction. The notifier calls this."""
@@ -3033,11 +3039,11 @@ class QueueWatcher:
             with StopSignals(lambda number: self.request_stop()), self._waiter, self._leases:
                 while not self._stopped():
                     try:
+                        self._leases.nack()  # what an error left of the last batch
                         if not self._step():
                             self._idle()
                     except sqlite3.OperationalError as error:  # busy, or a full disk: nothing is lost, go on later
                         log_warning("watcher of %s: %s", self.queue.name, error)
-                        self._leases.forget()
                         self._sleep(BUSY_PAUSE_S)
         finally:
             self._running.release()
@@ -3098,7 +3104,6 @@ class QueueWatcher:
         batch = self._leases.take(self._batch_size, self.position)
         for message in batch:
             if self._stopped():
-                self._leases.nack()
                 break
             self._attempt(message)
         return bool(batch)
@@ -3535,6 +3540,8 @@ def standard_input() -> Any:
         import io
 
         return io.BytesIO(sys.stdin.read().encode())
+    if file_mode(sys.stdin):
+        os.set_blocking(sys.stdin.fileno(), True)  # else "nothing yet" would be taken for the end
     return sys.stdin.buffer
 
 
