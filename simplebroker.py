@@ -32,8 +32,9 @@ Promises
 
 Exit statuses of the command: 0 done; 1 error, one line on standard error; 2 nothing there.
 
-The sections of this file, each using only those above it: constants, errors and Message, settings, SQL,
-ids and times, paths, writer lock, notifier, runners, Broker, Queue, watchers, command line, main.
+The sections of this file, each using only those above it (but Broker.queue()): constants, errors and
+Message, settings, SQL, ids and times, paths, writer lock, notifier, runners, Broker, Queue, watchers,
+command line, main.
 """
 
 from __future__ import annotations
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from datetime import datetime
-    from types import FrameType
     from typing import Any, Callable, NoReturn, TypeVar, Union
 
     T = TypeVar("T")
@@ -78,7 +78,7 @@ __all__ += ["BrokerError", "DatabaseError", "IntegrityError", "LeaseLost", "Mess
 __all__ += ["QueueNameError", "UsageError", "SQLRunner", "SQLiteRunner", "TimestampGenerator", "WriterLock", "main"]
 
 # ---------------------------------------------------------------------------------------------------
-# Constants: every number has its unit in its name.
+# Constants: what has a unit has it in its name or beside it.
 # ---------------------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x53424B52  # "SBKR" in the header of the database file
@@ -146,7 +146,7 @@ class LeaseLost(BrokerError):
 
 
 class Message(str):
-    """A message body that also carries where it came from. Everywhere else it is a str, but always true.
+    """A message body that also carries where it came from. It is a str, except that an empty one is true too.
 
     id, queue   which message it is
     attempt     how many times it has been leased
@@ -267,7 +267,7 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
 
     def rule(text: str) -> int:
         if not (text.isascii() and text.isdigit() and len(text) <= 20 and low <= int(text) <= high):
-            raise ValueError(text)
+            raise ValueError(f"{shown(text)} is not a whole number from {low}")
         return int(text)
 
     return rule
@@ -392,8 +392,8 @@ class Settings(namedtuple("Settings", "busy_timeout_ms sync_mode cache_mb wal_au
 
 # ---------------------------------------------------------------------------------------------------
 # SQL: every statement that the broker runs, once, by name. A runner for another database translates these.
-# Bounds of ids are always given and strict: 0 and MAX_ID stand for "none". The "+" before a column keeps SQLite
-# from looking for the few held messages of a queue by walking through all ids.
+# Bounds of ids are always given and strict: 0 and MAX_ID + 1 stand for "none". A "+" hides a column from the
+# planner, which else would look for the few held messages of a queue by walking through all ids.
 # ---------------------------------------------------------------------------------------------------
 
 CREATE_META = """\
@@ -455,6 +455,7 @@ WHERE queue = ? AND held_until IS NULL AND id > ? AND id < ?"""
 LEASE_READY = """\
 UPDATE messages SET held_until = ?, lease = ?, attempt = attempt + 1
 WHERE queue = ? AND held_until IS NULL AND id > ? AND id < ?"""
+# Two, as each state has an index of its own.
 RENAME_READY = "UPDATE messages SET queue = ? WHERE queue = ? AND held_until IS NULL"
 RENAME_HELD = "UPDATE messages SET queue = ? WHERE queue = ? AND held_until IS NOT NULL"
 
@@ -534,7 +535,8 @@ SELECT_PAGE_SIZE = "PRAGMA page_size"
 VACUUM = "VACUUM"
 TRUNCATE_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
 
-# What may make a message deliverable, now or at a time: a commit with one of these notifies the watchers.
+# What may make a message deliverable, now or at a time: a commit with one of these notifies the watchers. (Not the end
+# of a lease, for which they look every second.)
 NOTIFYING = frozenset([INSERT_NEXT, INSERT_MESSAGE, INSERT_LOADED, MOVE_READY, RENAME_READY, RENAME_HELD])
 NOTIFYING |= {MOVE_LEASED, RELEASE_MESSAGE, UNDO_LEASE}
 
@@ -589,7 +591,7 @@ def check_id(value: int | str, name: str = "message_id") -> int:
     elif not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} is an int or a string of {ID_DIGITS} digits, not {type(value).__name__}")
     if not 0 <= value < 2**63:
-        raise ValueError(f"{name} {shown(value)} is not a positive 63-bit integer")
+        raise ValueError(f"{name} {shown(value)} is not an integer from 0 that fits in 63 bits")
     return value
 
 
@@ -689,11 +691,11 @@ def _parse_iso(text: str) -> datetime:
     form = r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?(\.\d{1,6})?(Z|[+-]\d\d:?\d\d)?)?"
     match = re.fullmatch(form, text, re.ASCII | re.IGNORECASE)
     try:
-        day, minute, second, fraction, zone = (part or "" for part in match.groups() if match)  # type: ignore[union-attr]
+        day, minute, second, fraction, zone = (part or "" for part in match.groups())  # type: ignore[union-attr]
         offset = "+00:00" if zone in "Zz" else zone[:3] + ":" + zone[-2:]
         fraction = (fraction or ".").ljust(7, "0")
         return datetime.fromisoformat(f"{day}T{minute or '00:00'}{second or ':00'}{fraction}{offset}")
-    except (AttributeError, ValueError):
+    except (AttributeError, ValueError):  # another form, or no such day
         raise ValueError(
             f"{shown(text)} is not a time: give a {ID_DIGITS}-digit id, 2024-01-15, 2024-01-15T10:30:00Z, or Unix"
             " time such as 1705314600, 1705314600s or 1705314600000ms"
@@ -871,11 +873,6 @@ class WriterLock:
         if fd is not None:
             os.close(fd)
 
-    def delete(self) -> None:
-        """Remove the file, while holding it. Who waits for it notices, and takes the lock on a new one."""
-        remove_file(self.path)
-        self.close()
-
     def _open(self) -> int:
         make_directory_of(self.path)
         try:
@@ -905,6 +902,7 @@ NOTIFIED_LOOK_S = 0.5  # how often it looks by itself where inotify works
 MAX_SLEEP_S = 1.0  # of a waiter: the clock may step past the time at which a message becomes due
 MIN_SLEEP_S = 0.001
 SLICE_S = 0.1  # that the notifier sleeps at once
+_ending = False  # the interpreter ends
 YIELD_S = 0.0005  # after waking others, so that they and not it have the interpreter and the connection first
 
 
@@ -928,7 +926,7 @@ class Waiter:
         self._notifier.remove(self)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Sleep until there may be something new, a second at most; at once if that was so since the last wait.
+        """Sleep until woken, a second at most; not at all if it was woken since the last wait.
 
         False after timeout seconds; else True: look again.
         """
@@ -980,8 +978,8 @@ class Notifier:
 
     A client is a Waiter, or has ``next_at``, the monotonic time at which it wants its ``run()`` called.
     ``data_version()`` returns a value that changes with commits of others, None if it cannot be asked
-    now. Without it, all waiters look at every interval. Nobody joins the thread: it ends by itself, soon
-    after the last client has gone.
+    now. Without it, each look is a change. Only the end of the interpreter waits for the thread: it ends by
+    itself, soon after the last client has gone.
     """
 
     def __init__(
@@ -1040,7 +1038,7 @@ class Notifier:
 
     def notify(self) -> None:
         """This process has committed something that may be deliverable: for where inotify does not tell."""
-        if not self._told and self._clients:
+        if not self._told and self._clients and self._pid == os.getpid():  # else they are the parent's
             self._wake_waiters()
 
     def _close_inotify(self) -> None:
@@ -1111,7 +1109,6 @@ def _end_notifiers() -> None:
             thread.join(1.0)
 
 
-_ending = False
 atexit.register(_end_notifiers)
 
 
@@ -1217,8 +1214,8 @@ class SQLRunner:
     @property
     def notifier(self) -> Notifier:
         """What wakes the waiters of this process. By default they look by themselves, ten times a second."""
-        notifier: Notifier = self.__dict__.setdefault("_notifier", self.__dict__.get("_notifier") or Notifier())
-        return notifier
+        notifier: Notifier = self.__dict__.get("_notifier") or self.__dict__.setdefault("_notifier", Notifier())
+        return notifier  # made here, as subclasses need not call an __init__ of ours
 
     def vacuum(self) -> None:
         """Give unused space back."""
@@ -1273,8 +1270,7 @@ _MEANINGS = (
     ("disk I/O", "the file cannot be read or written, perhaps at a limit of its size: nothing was changed"),
     ("open database", "the database cannot be opened: check that the directory exists and is writable"),
 )
-REOPEN_S = 0.1  # for so long a reader tries again to open a file that is deleted or replaced just then
-_ROLLED_BACK = "the transaction is gone: SQLite rolled it back after an error, such as a full disk; nothing was changed"
+REOPEN_S = 0.1  # for so long a reader tries again to open a file, as it may just be made or deleted
 _as_text = partial(str, encoding="utf-8", errors="replace")  # rows of other programs need not be UTF-8
 
 
@@ -1385,6 +1381,10 @@ class SQLiteRunner(SQLRunner):
         result: T = request.result
         return result
 
+    # The commit queue: who comes first leads. It begins a transaction, takes all who stand in the queue by then, calls
+    # their functions one after the other (each in a savepoint), commits and syncs once, and wakes them. Who is first in
+    # the queue after that leads the next. Who waits for longer than the timeout leaves the queue, unless it is served.
+
     @_resets
     def _stand_in_line(self, request: _Request) -> None:
         """Return when a request is done, by this thread or by another."""
@@ -1410,11 +1410,11 @@ class SQLiteRunner(SQLRunner):
         return request.done
 
     def _lead(self, request: _Request, deadline: float) -> None:
-        """The first in line begins a transaction, and does the work of all who have come meanwhile."""
+        """Begin a transaction, and do the work of all who have come meanwhile."""
         batch: list[_Request] = []
         try:
             self._begin(deadline)
-            # Interrupts come in the main thread: it must not leave open what became of the work of others.
+            # The main thread does only its own: interrupts come there, and would leave open what became of the others.
             shares = len(self._queue) > 1 and threading.current_thread() is not threading.main_thread()
             batch = self._leave_line(None if shares else request)
             self._perform(batch)
@@ -1550,7 +1550,7 @@ class SQLiteRunner(SQLRunner):
 
     @_resets
     def _roll_back(self) -> None:
-        """The other end of a transaction."""
+        """Roll back, and let the next writer in. A connection that cannot roll back is closed, which does it."""
         try:
             if self._connection is not None and self._connection.in_transaction:
                 self._execute("ROLLBACK")
@@ -1611,7 +1611,7 @@ class SQLiteRunner(SQLRunner):
         self._take_mutex(deadline)
         try:
             result = function(deadline)
-        except Exception:
+        except Exception:  # not "finally": after an interrupt the mutex is for _reset_after()
             self._mutex.release()
             raise
         self._mutex.release()
@@ -1653,7 +1653,10 @@ class SQLiteRunner(SQLRunner):
         if not self._is_inside():
             raise OperationalError("this thread has no open transaction (a forked child does not inherit one)")
         if self._connection is None or not self._connection.in_transaction:
-            raise OperationalError(f"{self.path!r}: {_ROLLED_BACK}")
+            raise OperationalError(
+                f"{self.path!r}: the transaction is gone: SQLite rolled it back after an error, such as a full disk;"
+                " nothing was changed"
+            )
         return self._execute(sql, params)
 
     def _execute(self, sql: str, params: Any = ()) -> list[Any]:
@@ -1707,7 +1710,7 @@ class SQLiteRunner(SQLRunner):
         if deadline is not None:
             self._lock.acquire(deadline, check=True)  # who replaced the file may have replaced the lock file too
             identity = file_identity(self.path)
-        give_up_at = time.monotonic() + REOPEN_S
+        began = time.monotonic()
         while True:
             try:
                 self._connect(identity, write)
@@ -1715,10 +1718,12 @@ class SQLiteRunner(SQLRunner):
             except BrokerError as error:
                 self._disconnect()
                 before, identity = identity, file_identity(self.path)
-                may_pass = identity != before or isinstance(error, OperationalError)
-                if write or not may_pass or time.monotonic() > give_up_at:
+                patience_s = REOPEN_S if isinstance(error, OperationalError) else 0.0
+                if identity != before:  # it was deleted or replaced at this moment
+                    patience_s = self._timeout_s
+                if write or time.monotonic() - began >= patience_s:
                     raise
-                time.sleep(MIN_SLEEP_S)  # it was deleted or replaced at this moment
+                time.sleep(MIN_SLEEP_S)
 
     def _connect(self, identity: tuple[int, int] | None, write: bool) -> None:
         if self._connection is None or identity is None or identity != self._identity:
@@ -1778,28 +1783,23 @@ class SQLiteRunner(SQLRunner):
         self._execute(f"PRAGMA cache_size = {-1024 * settings.cache_mb}")
         self._execute(f"PRAGMA wal_autocheckpoint = {settings.wal_autocheckpoint}")
         self._execute(f"PRAGMA journal_size_limit = {4 * settings.wal_autocheckpoint * PAGE_BYTES}")
-        ours = self._check()
+        ours = self._check(found.st_size)
         if write and not ours:
             self._make_schema()
         return ours or write
 
-    def _check(self) -> bool:
+    def _check(self, size: int) -> bool:
         """True: a SimpleBroker database. False: an empty file. DatabaseError: anything else. Only reads."""
         self._execute("BEGIN")  # one state of the file, though others may just be making it
-        try:
-            magic = self._execute("PRAGMA application_id")[0][0]
-            objects = self._execute(SELECT_OBJECTS)
-            if magic == 0 and not objects and os.path.getsize(self.path) != 1:  # SQLite takes one byte for none
-                return False
-            if magic != APPLICATION_ID:
-                raise self._foreign(objects)
-            tables = [name for type, name, _, _ in objects if type == "table"]
-            version = self._execute(SELECT_VERSION) if "meta" in tables else []
-        except OSError as error:
-            raise OperationalError(f"cannot look at {self.path!r}, try again: {error.strerror}") from error
-        finally:
-            if self._connection is not None and self._connection.in_transaction:
-                self._execute("COMMIT")
+        magic = self._execute("PRAGMA application_id")[0][0]
+        objects = self._execute(SELECT_OBJECTS)
+        if magic != APPLICATION_ID and (magic or objects or size == 1):  # SQLite takes one byte for none
+            raise self._foreign(objects)
+        has_meta = ("table", "meta") in [row[:2] for row in objects]
+        version = self._execute(SELECT_VERSION) if has_meta else []
+        self._execute("COMMIT")  # (after an error _use_current_file() disconnects)
+        if magic == 0:
+            return False
         if version and version[0][0] != SCHEMA_VERSION:
             raise DatabaseError(
                 f"{self.path!r} has schema version {version[0][0]}, this program knows {SCHEMA_VERSION}: dump it with"
@@ -1846,16 +1846,11 @@ class SQLiteRunner(SQLRunner):
     def _make_schema(self) -> None:
         self._execute(f"PRAGMA page_size = {PAGE_BYTES}")
         self._use_wal()
-        self._execute("BEGIN IMMEDIATE")
-        try:
-            for statement in SCHEMA:
-                self._execute(statement)
-            self._execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            self._execute("COMMIT")
-        except BrokerError:
-            if self._connection is not None and self._connection.in_transaction:
-                self._execute("ROLLBACK")
-            raise
+        self._execute("BEGIN IMMEDIATE")  # after an error _use_current_file() disconnects, which rolls back
+        for statement in SCHEMA:
+            self._execute(statement)
+        self._execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        self._execute("COMMIT")
 
     def _use_wal(self) -> None:
         """See that the file has a write-ahead log; another program may have changed that."""
@@ -1897,9 +1892,10 @@ class SQLiteRunner(SQLRunner):
             self._lock.acquire(deadline, check=True)
             try:
                 self._disconnect()
-                for suffix in ("", "-wal", "-shm", "-journal"):
+                # Who waits for the lock notices that its file is gone, and makes a new one.
+                for suffix in ("", "-wal", "-shm", "-journal", LOCK_SUFFIX):
                     remove_file(self.path + suffix)
-                self._lock.delete()
+                self._lock.close()
                 return True
             except OSError as error:
                 raise OperationalError(f"cannot delete {self.path!r}: {error.strerror}") from error
@@ -1919,9 +1915,9 @@ class SQLiteRunner(SQLRunner):
             try:
                 self._use_current_file(deadline)
                 self._execute(VACUUM)
+                self._short_timeout = True  # the next transaction sets it back
                 self._execute("PRAGMA busy_timeout = 0")
                 self._execute(TRUNCATE_WAL)
-                self._execute(f"PRAGMA busy_timeout = {self.settings.busy_timeout_ms}")
             finally:
                 self._lock.release()
 
@@ -1980,7 +1976,7 @@ class _Snapshot(SQLiteRunner):
     def run(self, sql: str, params: Any = (), *, fetch: bool = False) -> list[Any]:
         self._check_process()
         if self._connection is None:
-            self._use_current_file()  # says why not
+            self._use_current_file()  # in a forked child: raises, as the connection is the parent's
         return self._execute(sql, params)
 
     def __exit__(self, *_: object) -> None:
@@ -1994,7 +1990,7 @@ _refused: set[str] = set()  # the databases that those have open
 # listing, adding to and taking from a dict are one step each.
 _runners: dict[weakref.ref[SQLiteRunner], None] = {}
 _shared: dict[tuple[Any, ...], tuple[SQLRunner, int]] = {}  # those that brokers share, and how many do
-_shared_guard = threading.Lock()  # guards _shared; held only to change it
+_shared_guard = threading.Lock()  # guards _shared; also held while a runner is made, so that there is one
 
 
 def share_runner(path: str, settings: Settings) -> SQLRunner:
@@ -2035,26 +2031,23 @@ def return_runner(path: str, settings: Settings) -> None:
     runner.close()
 
 
-def _each_runner(act: Callable[[SQLiteRunner], None]) -> Callable[[], None]:
-    def hook() -> None:
-        for reference in list(_runners):
-            runner = reference()
-            if runner is not None:
-                act(runner)
-
-    return hook
+def _each_runner(act: Callable[[SQLiteRunner], None]) -> None:
+    for reference in list(_runners):
+        runner = reference()
+        if runner is not None:
+            act(runner)
 
 
 def _after_fork_in_child() -> None:
     global _shared_guard
     _shared_guard = threading.Lock()  # the parent's may have been held by a thread that the child lacks
-    _each_runner(SQLiteRunner._check_process)()
+    _each_runner(SQLiteRunner._check_process)
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_each_runner(SQLiteRunner.before_fork),
-        after_in_parent=_each_runner(SQLiteRunner.after_fork),
+        before=partial(_each_runner, SQLiteRunner.before_fork),
+        after_in_parent=partial(_each_runner, SQLiteRunner.after_fork),
         after_in_child=_after_fork_in_child,
     )
 
@@ -2124,7 +2117,7 @@ class Broker:
 
     @property
     def address(self) -> str:
-        """The path as it was given: a URL in it may have a password."""
+        """Like path, but a URL is whole: it may have a password."""
         return self._shared_path or self.path
 
     def exists(self) -> bool:
@@ -2254,8 +2247,9 @@ class Broker:
         with self.prepared().snapshot() as run:
             header = {"type": "header", "format": DUMP_FORMAT, "version": DUMP_VERSION}
             yield json.dumps({**header, "last_ts": shown_id(run(SELECT_LAST_ID, fetch=True)[0][0])})
-            for queue, *_ in run(SELECT_QUEUES, {"now": 0}, fetch=True):
-                for id, body, attempt, reason, held_until, _ in walk(run, queue) if matches(queue, pattern) else ():
+            rows = run(SELECT_QUEUES, {"now": 0}, fetch=True)
+            for queue in [row[0] for row in rows if matches(row[0], pattern)]:
+                for id, body, attempt, reason, held_until, _ in walk(run, queue):
                     record = {"type": "message", "queue": queue, "body": body, "id": shown_id(id)}
                     if held_until is not None:
                         record["held_until"] = shown_id(held_until)
@@ -2345,7 +2339,8 @@ def _walk_ready(run: Run, queue: str, low: int, high: int) -> Iterator[Any]:
 def _walk_ids(run: Run, queue: str, ids: Iterator[int]) -> Iterator[Any]:
     limit = 4
     while page := [id for _, id in zip(range(limit), ids)]:
-        rows = run(SELECT_BY_IDS, (*page, *page[:1] * (IDS_AT_ONCE - len(page)), queue), fetch=True)
+        filled = (*page, *page[:1] * (IDS_AT_ONCE - len(page)))  # so that one prepared statement serves
+        rows = run(SELECT_BY_IDS, (*filled, queue), fetch=True)
         yield from rows
         limit = min(IDS_AT_ONCE, next_batch_size(limit, [row[1] for row in rows]))
 
@@ -2438,7 +2433,8 @@ class Queue:
         """Append a message and return its id. It is committed, and durable, when this returns.
 
         ``delay`` in seconds, or ``until`` an aware datetime or nanoseconds since 1970: held back until
-        then, and then in its old place in the order. MessageError if the body is too large or not text.
+        then, and then in its old place in the order (of more than 100 that become due at once, the first due
+        come first). MessageError if the body is too large or not text.
         """
         text = check_body(body, self.broker.settings.max_message_size)
         return self.broker.prepared().write(self.name, [text], due_time(delay, until), self.broker.clock)[0]
@@ -2464,7 +2460,7 @@ class Queue:
         when the caller crashes. ``wait``: block up to that many seconds for one (math.inf: forever).
         """
         low, high = id_range(message_id, after, before)
-        return next(iter(self.wait_for(lambda: self._take(low, high, 1), wait, low, high)), None)
+        return self._first(lambda: self._take(low, high, 1), wait, low, high)
 
     def read_many(self, limit: int, *, after: Id = None, before: Id = None) -> list[Message]:
         """Remove up to ``limit`` ready messages in one transaction and return them (at most once)."""
@@ -2572,7 +2568,7 @@ class Queue:
 
     def _sleep_until_pending(self, deadline: float, low: int, high: int) -> None:
         """Block until a message between two ids is ready, but not longer than to a monotonic time."""
-        if self.look(low, high)[0]:
+        if self.look(low, high)[0]:  # then no notifier is needed
             return
         with self.broker.waiter() as waiter:
             while True:
@@ -2593,6 +2589,11 @@ class Queue:
             if result or wait is None or time.monotonic() >= deadline:
                 return result
             self._sleep_until_pending(deadline, low, high)
+
+    def _first(self, take: Callable[[], list[Message]], wait: float | None, low: int, high: int) -> Message | None:
+        """What take() finds, before the wait is over. Who waits takes the writer lock only when there is something."""
+        found = self.wait_for(lambda: take() if wait is None or self.look(low, high)[0] else [], wait, low, high)
+        return found[0] if found else None
 
     def is_drained(self, low: int = 0) -> bool:
         """Is no message above an id ready, leased or waiting for its next attempt?"""
@@ -2621,7 +2622,7 @@ class Queue:
         """
         low, high = id_range(message_id, after, before)
         lease_ns = to_ns(seconds, "lease")
-        return next(iter(self.wait_for(lambda: self.lease_many(lease_ns, low, high, 1), wait, low, high)), None)
+        return self._first(lambda: self.lease_many(lease_ns, low, high, 1), wait, low, high)
 
     def lease_many(self, lease_ns: int, low: int, high: int, limit: int) -> list[Message]:
         """Lease the first ready messages between two ids; LeasesInFlight.take() also keeps the leases alive.
@@ -2727,7 +2728,7 @@ class Queue:
 
         def promote(run: Run) -> bool:
             due = (self.name, self.broker.clock(), low, high)
-            run(PROMOTE_DUE, (*due, MAX_PROMOTED))
+            run(PROMOTE_DUE, (*due, MAX_BATCH))
             return bool(run(SELECT_DUE, due, fetch=True)[0][0])
 
         while self.broker.transact(promote, durable=False):
@@ -2773,7 +2774,7 @@ class Queue:
 
         def delete(run: Run) -> int:
             run(RECORD_NEWEST)
-            if message_id is not None:
+            if message_id is not None:  # without a walk through what is held
                 found = run(SELECT_ANY, (self.name, low, high), fetch=True)
                 for row in found:
                     run(DELETE_MESSAGE, (row[0],))
@@ -2822,7 +2823,6 @@ class LeasesInFlight:
         self._messages: dict[int, Message] = {}
         self._size, self._taken_at = 1, 0.0
         self._last: list[Message] = []
-        self.looked: tuple[bool, float] | None = None  # what take() saw last, see Queue.look()
 
     def __enter__(self) -> LeasesInFlight:
         if not self._lazy:
@@ -2839,13 +2839,14 @@ class LeasesInFlight:
             self.next_at = time.monotonic() + self._period_s
             self._queue.broker.runner.notifier.add(self)
 
-    def take(self, limit: int | None = None, low: int = 0, high: int = MAX_ID + 1) -> list[Message]:
+    def take(
+        self, limit: int | None = None, low: int = 0, high: int = MAX_ID + 1, *, look: bool = True
+    ) -> list[Message]:
         """Lease up to ``limit`` messages between two ids; None: few while they are worked on slowly, more
-        while fast. Looks without the writer lock first."""
-        self.looked = self._queue.look(low, high)
-        if not self.looked[0]:
+        while fast. ``look``: without the writer lock first."""
+        if look and not self._queue.look(low, high)[0]:
             return []
-        self._pid = os.getpid()  # a forked child leaves the leases to its parent
+        self._pid = os.getpid()  # whose leases they are: a forked child leaves them to its parent
         self._last = self._queue.lease_many(self._lease_ns, low, high, limit or self._adapted_size())
         with self._guard:
             self._messages.update((message.id, message) for message in self._last)
@@ -2887,11 +2888,17 @@ class LeasesInFlight:
         """Give one back, as Queue.release(); a lost lease is logged."""
         if self._pid != os.getpid():
             return
+        self.settle(message, partial(self._queue.release, message, delay=delay, reason=reason))
+
+    def settle(self, message: Message, act: Callable[[], object], said: str = "") -> bool:
+        """Call what ends a lease; False if the lease was lost, which is logged."""
         self.done(message)
         try:
-            self._queue.release(message, delay=delay, reason=reason)
+            act()
+            return True
         except LeaseLost as error:
-            log_warning("queue %s: %s", self._queue.name, error)
+            log_warning("queue %s: %s%s", self._queue.name, said, error)
+            return False
 
     def nack(self) -> None:
         """Give back what was taken and is not done, at once, as if it had not been leased."""
@@ -3002,6 +3009,9 @@ class QueueWatcher:
         check_handler(handler)
         if isinstance(queue, Queue) and db is not None:
             raise ValueError("give a Queue or a db, not both")
+        self._max_attempts = check_limit(max_attempts, "max_attempts")
+        self._batch_size = None if batch_size is None else check_limit(batch_size, "batch_size")
+        self._backoff = to_ns(backoff, "backoff") / NS
         self._owns_queue = not isinstance(queue, Queue)
         if isinstance(queue, Queue):
             self.queue = queue
@@ -3009,14 +3019,13 @@ class QueueWatcher:
             self.queue = Queue(queue, broker=db) if isinstance(db, Broker) else Queue(queue, db)
         self.position = id_range(after=after)[0]  # with peek: the id of the last message seen
         self._handler, self._error_handler = handler, error_handler or default_error_handler
-        self._step = self._peek_all if peek else self._read_one if lease is None else self._lease_batch
+        self._step: Callable[[], object] = self._read_one if lease is None else self._lease_batch
+        if peek:
+            self._step = self._peek_all
         self._leases = LeasesInFlight(self.queue, DEFAULT_LEASE_S if lease is None else lease)
-        self._max_attempts = check_limit(max_attempts, "max_attempts")
         self._dead_letter = dead_letter
         if dead_letter is not None:
             self.queue.check_dead_letter(dead_letter)
-        self._batch_size = None if batch_size is None else check_limit(batch_size, "batch_size")
-        self._backoff = to_ns(backoff, "backoff") / NS
         self._waiter = Waiter(self.queue.broker.runner.notifier)
         self._stop_event, self._drain, self.stopping = stop_event, drain, False
         self.dead_lettered = 0  # messages that it has moved to the dead-letter queue
@@ -3040,8 +3049,11 @@ class QueueWatcher:
                 while not self._stopped():
                     try:
                         self._leases.nack()  # what an error left of the last batch
-                        if not self._step():
-                            self._idle()
+                        pending, pause = self.queue.look(self.position)
+                        if pending:
+                            self._step()
+                        else:
+                            self._idle(pause)
                     except sqlite3.OperationalError as error:  # busy, or a full disk: nothing is lost, go on later
                         log_warning("watcher of %s: %s", self.queue.name, error)
                         self._sleep(BUSY_PAUSE_S)
@@ -3081,15 +3093,13 @@ class QueueWatcher:
     def _stopped(self) -> bool:
         return self.stopping or (self._stop_event is not None and self._stop_event.is_set())
 
-    def _idle(self) -> None:
+    def _idle(self, pause: float) -> None:
         """Nothing was found: sleep until something may be there, or end."""
-        pending, pause = self._leases.looked or self.queue.look(self.position)
-        if self._drain and not pending:
+        if self._drain:
             if self.queue.is_drained(self.position):
                 self.request_stop()
             pause = min(pause, self.queue.broker.settings.max_interval_s)  # an acknowledgement notifies nobody
-        if not pending:
-            self._sleep(pause, wakes=True)
+        self._sleep(pause, wakes=True)
 
     def _sleep(self, seconds: float, *, wakes: bool = False) -> None:
         """Sleep that long, or until stopped; ``wakes``: or until something may be there."""
@@ -3098,29 +3108,26 @@ class QueueWatcher:
             if self._waiter.wait(left if self._stop_event is None else min(left, STOP_EVENT_CHECK_S)) and wakes:
                 return
 
-    # -- the three ways to take messages; each tells whether there were any
+    # -- the three ways to take messages, when there are some
 
     def _lease_batch(self) -> bool:
-        batch = self._leases.take(self._batch_size, self.position)
+        batch = self._leases.take(self._batch_size, self.position, look=False)
         for message in batch:
             if self._stopped():
                 break
             self._attempt(message)
         return bool(batch)
 
-    def _read_one(self) -> bool:
-        message = self.queue.read(after=self.position) if self.queue.has_pending(after=self.position) else None
+    def _read_one(self) -> None:
+        message = self.queue.read(after=self.position)
         if message is not None:
             self._call(message)
-        return message is not None
 
-    def _peek_all(self) -> bool:
-        position = self.position
-        for message in self.queue.peek_all(after=position):
+    def _peek_all(self) -> None:
+        for message in self.queue.peek_all(after=self.position):
             if self._stopped() or not self._see(message):
                 break
             self.position = message.id
-        return self.position != position
 
     # -- one message
 
@@ -3187,12 +3194,7 @@ class QueueWatcher:
         why = (check_reason(reason) or "")[: MAX_REASON - len(suffix)] + suffix
         log_warning("queue %s: message %d is dead-lettered: %s", message.queue, message.id, why)
         dest = self.queue.check_dead_letter(self._dead_letter)
-        self._leases.done(message)
-        try:
-            self.queue.dead_letter(message, dest, reason=why)
-            self.dead_lettered += 1
-        except LeaseLost as error:
-            log_warning("queue %s: %s", message.queue, error)
+        self.dead_lettered += self._leases.settle(message, partial(self.queue.move_leased, message, dest, why))
 
 
 class QueueMoveWatcher(QueueWatcher):
@@ -3220,17 +3222,11 @@ class QueueMoveWatcher(QueueWatcher):
         if handler is None:
             self._step = self._move_batch
 
-    def _move_batch(self) -> bool:
-        if not self.queue.has_pending(after=self.position):
-            return False
-        return bool(self.queue.move_many(self._dest, self._batch_size or MAX_BATCH, after=self.position))
+    def _move_batch(self) -> None:
+        self.queue.move_many(self._dest, self._batch_size or MAX_BATCH, after=self.position)
 
     def _finish(self, message: Message) -> None:
-        self._leases.done(message)
-        try:
-            self.queue.move_leased(message, self._dest)
-        except LeaseLost as error:
-            log_warning("queue %s: handled, but %s", message.queue, error)
+        self._leases.settle(message, partial(self.queue.move_leased, message, self._dest), "handled, but ")
 
 
 def check_handler(handler: object) -> None:
@@ -3277,7 +3273,7 @@ class StopSignals:
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
                 try:
-                    self._previous[number] = signal.signal(number, self._on_signal)
+                    self._previous[number] = signal.signal(number, lambda number, frame: self._action(number))
                 except ValueError:  # not the main interpreter
                     return
 
@@ -3287,9 +3283,6 @@ class StopSignals:
 
             for number, previous in self._previous.items():
                 signal.signal(number, previous)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._action(number)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3318,7 +3311,7 @@ class Output:
     ``read --all | head -20`` removes 20.
     """
 
-    LAST_WAIT_S = 1.0  # for the last message, or to be read after a signal: our caller may wait for our end
+    LAST_WAIT_S = 1.0  # that the last message, and after a signal any, may be in the pipe: who reads may await our end
     UNTOUCHED_S = 5.0  # a pipe that nobody read from at all for so long is written like a file
 
     def __init__(self) -> None:
@@ -3540,7 +3533,7 @@ def standard_input() -> Any:
         import io
 
         return io.BytesIO(sys.stdin.read().encode())
-    if file_mode(sys.stdin):
+    if fcntl is not None and file_mode(sys.stdin):
         os.set_blocking(sys.stdin.fileno(), True)  # else "nothing yet" would be taken for the end
     return sys.stdin.buffer
 
@@ -3563,18 +3556,18 @@ def message_text(operand: str, settings: Settings) -> str:
     return decode(data, "the message", settings)
 
 
-def run_write(options: Options) -> int | None:
+def run_write(options: Options) -> None:
     queue, given = options.queue(), options.operands[1:]
     if options.lines and given:
         raise UsageError("--lines reads standard input: give no message")
     output = Output() if options.json or options.stamps else None
     if options.lines:
-        return write_lines(queue, options, output)
+        write_lines(queue, options, output)
+        return
     text = message_text((*given, "-")[0], queue.broker.settings)
     if not given and not text:
         raise UsageError("no MESSAGE, and standard input is empty: give '-' if an empty message is meant")
     print_ids([queue.write(text, delay=options.delay)], options, output)
-    return DONE
 
 
 def print_ids(ids: list[int], options: Options, output: Output | None) -> None:
@@ -3584,7 +3577,7 @@ def print_ids(ids: list[int], options: Options, output: Output | None) -> None:
         output.print(shape % id for id in ids)
 
 
-def write_lines(queue: Queue, options: Options, output: Output | None) -> int:
+def write_lines(queue: Queue, options: Options, output: Output | None) -> None:
     """Each line of standard input is a message. What has arrived is written in one transaction."""
     settings, source = queue.broker.settings, standard_input()
     read = getattr(source, "raw", source).read  # raw: what is there, without waiting for more
@@ -3603,20 +3596,16 @@ def write_lines(queue: Queue, options: Options, output: Output | None) -> int:
                 ids = progress.count(partial(queue.write_many, bodies, delay=options.delay))
                 print_ids(ids, options, output)
             count += len(ids)
-    return DONE
 
 
 def when_pending(queue: Queue, options: Options, act: Callable[[], int]) -> int:
     """Return what act() returns; with --wait it is called when there may be something, until there is."""
-    status = NOTHING
 
-    def found() -> bool:
-        nonlocal status
+    def found() -> list[int]:
         status = act()
-        return status != NOTHING
+        return [] if status == NOTHING else [status]
 
-    queue.wait_for(found, options.wait, *options.range())
-    return status
+    return (*queue.wait_for(found, options.wait, *options.range()), NOTHING)[0]
 
 
 def run_read(options: Options) -> int | None:
@@ -3710,14 +3699,12 @@ def run_rename(options: Options) -> int | None:
     return DONE if options.broker().rename(*options.operands) else NOTHING
 
 
-def run_release(options: Options) -> int | None:
+def run_release(options: Options) -> None:
     options.queue().release(options.lease(), delay=options.delay, reason=options.reason)
-    return DONE
 
 
-def run_dead_letter(options: Options) -> int | None:
+def run_dead_letter(options: Options) -> None:
     options.queue().dead_letter(options.lease(), options.dest, reason=options.reason)
-    return DONE
 
 
 def run_lease(options: Options) -> int | None:
@@ -3757,14 +3744,14 @@ TOP_NARROW = "{0:{room}.{room}} {1:>7} {4:>9} {5:>6}"  # below 64 columns
 TOP_PAUSE_S = 0.5  # between two looks, if something changes all the time
 
 
-def run_top(options: Options) -> int | None:
+def run_top(options: Options) -> None:
     """Redraw at each change, at most twice a second and at least every other second; without a terminal once."""
     broker, output, signals = options.broker(), Output(), []
     queues, seen_at = broker.queues(options.pattern), time.monotonic()
     if not file_mode(sys.stdout) or not os.isatty(sys.stdout.fileno()):
         output.print(line.encode() + b"\n" for line in top_lines(queues, None, 1.0, broker.clock()))
-        return DONE
-    pause = Waiter(broker.runner.notifier)  # that only a signal wakes
+        return
+    pause = Waiter(broker.runner.notifier)  # not entered: only a signal wakes it
 
     def stop(number: int) -> None:
         signals.append(number)
@@ -3785,7 +3772,6 @@ def run_top(options: Options) -> int | None:
                 changed.wait()
         finally:
             output.print([b"\x1b[?25h\x1b[?1049l"])
-    return DONE
 
 
 def top_lines(
@@ -3796,11 +3782,11 @@ def top_lines(
     The change per second is what came less what went between two looks; None before the second one.
     """
     shape, taken = (TOP_WIDE, 54) if width is None or width >= 64 else (TOP_NARROW, 25)
-    room = max(5, *map(len, queues), 5)
+    room = max([5, *map(len, queues)])
     if width is not None:
         room = max(1, min(room, width - taken))
     rows: list[tuple[object, ...]] = [TOP_TITLES]
-    most = max([stats.ready for stats in queues.values()], default=0) or 1
+    most = max([1, *(stats.ready for stats in queues.values())])
     for name, stats in sorted(queues.items(), key=lambda item: (-item[1].ready, item[0])):
         came = stats.total - (before[name].total if before and name in before else 0)
         change = "" if before is None else f"{came / max(seconds, 0.1):+.1f}"
@@ -3831,14 +3817,13 @@ def run_broadcast(options: Options) -> int | None:
     return DONE if broker.broadcast(text, options.pattern, options.queues) else NOTHING
 
 
-def run_dump(options: Options) -> int | None:
+def run_dump(options: Options) -> None:
     output = Output()
     with Progress("lines dumped", options, wanted=output.is_file) as progress:
         output.print((line.encode() + b"\n" for line in options.broker().dump(options.pattern)), progress)
-    return DONE
 
 
-def run_load(options: Options) -> int | None:
+def run_load(options: Options) -> None:
     import shutil
     import tempfile
 
@@ -3856,15 +3841,14 @@ def run_load(options: Options) -> int | None:
                 yield line
 
         broker.load(lines())
-    return DONE
 
 
-def run_init(options: Options) -> int | None:
+def run_init(options: Options) -> None:
     settings = Settings.from_environment()
     here = options.dir if options.dir or options.file else settings.db_location or os.getcwd()
     options.opened = Broker(database_path(settings, here, options.file), settings=settings)
     with options.opened.transaction():
-        return DONE
+        pass
 
 
 class CommandFailed(BrokerError):
@@ -3908,7 +3892,7 @@ class CommandMoveWatcher(CommandWatcher, QueueMoveWatcher):
     """The same for ``broker watch --move``."""
 
 
-def run_watch(options: Options) -> int | None:
+def run_watch(options: Options) -> None:
     output = Output()
     if options.peek and options.move:
         raise UsageError("--peek and --move exclude each other")
@@ -3927,7 +3911,6 @@ def run_watch(options: Options) -> int | None:
     output.stopped = lambda: watcher.stopping
     watcher.watch()
     watcher.check()
-    return DONE
 
 
 class Worker(CommandWatcher):
@@ -3958,6 +3941,7 @@ class Job:
         names = {"BROKER_DEFAULT_DB_LOCATION": place, "BROKER_DEFAULT_DB_NAME": file, "BROKER_PROJECT_SCOPE": "0"}
         self._environ = {**os.environ, **names}
         self._running: dict[Any, list[Any]] = {}  # each process: the time of its next signal, and that signal
+        self._started: list[int] = []  # the messages whose commands were started
         self._signals = 0  # how often we were told to stop
         self._told = False
         self._watchers = [
@@ -4000,7 +3984,8 @@ class Job:
         """Stop when it is time to; say what we wait for; end the commands whose time is over."""
         import signal
 
-        if self._signals or any(watcher.failure for watcher in self._watchers):
+        ended = self._options.number is not None and len(self._started) >= self._options.number
+        if ended or self._signals or any(watcher.failure for watcher in self._watchers):
             for watcher in self._watchers:
                 watcher.request_stop()
         running, now = list(self._running.items()), time.monotonic()
@@ -4021,6 +4006,7 @@ class Job:
         import signal
 
         process, timeout_s = self._start(message), self._options.timeout
+        self._started.append(timestamp)
         state = [float("inf") if timeout_s is None else time.monotonic() + timeout_s, signal.SIGTERM]
         self._running[process] = state
         try:
@@ -4067,7 +4053,7 @@ def run_work(options: Options) -> int | None:
     return Job(options).run()
 
 
-def run_status(options: Options) -> int | None:
+def run_status(options: Options) -> None:
     import json
 
     broker, output = options.broker(), Output()
@@ -4077,25 +4063,21 @@ def run_status(options: Options) -> int | None:
     if options.json:
         lines = [json.dumps(status, ensure_ascii=False)]
     output.print(line.encode(errors="surrogateescape") + b"\n" for line in lines)
-    return DONE
 
 
-def run_vacuum(options: Options) -> int | None:
+def run_vacuum(options: Options) -> None:
     broker = options.broker()
     with Progress("bytes to vacuum", options, after_s=0) as progress:
         progress.add(0 if url_scheme(broker.path) else os.path.getsize(broker.path))
         broker.vacuum()
-    return DONE
 
 
-def run_cleanup(options: Options) -> int | None:
+def run_cleanup(options: Options) -> None:
     options.broker().delete_database()
-    return DONE
 
 
-def run_help(options: Options) -> int | None:
+def run_help(options: Options) -> None:
     parse_arguments([*options.operands, "--help"])
-    return DONE
 
 
 def complain(text: str) -> None:
@@ -4108,12 +4090,7 @@ def complain(text: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 11 and 0 < int(text) < 2**31):
-        raise ValueError(f"{shown(text)} is not a whole number from 1")
-    return int(text)
-
-
+_count = _whole(1, 2**31 - 1)
 # The options by name: their flags, metavar and rule (none: a flag), help. A command names those it has.
 OPTIONS: dict[str, tuple[str, str, Callable[[str], object], str]] = {
     "all": ("--all", "", bool, "all of them"),
@@ -4146,6 +4123,7 @@ OPTIONS: dict[str, tuple[str, str, Callable[[str], object], str]] = {
     "file": ("-f --file", "FILE", str, "database file: absolute, or a name inside DIR"),
     "quiet": ("-q --quiet", "", bool, "no progress; errors are shown"),
 }
+QUEUE_OPERANDS = ("QUEUE", "[QUEUE]", "SOURCE", "DEST", "OLD", "NEW")  # which are names of queues
 GLOBAL_OPTIONS = ("dir", "file", "quiet")  # before or after the command
 _TAKE = "all number id after before json stamps"
 _WORK = "jobs number timeout exact lease_s max_attempts dest backoff drain"
@@ -4195,7 +4173,7 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         options.name = rest.pop(place)
         if options.name not in COMMANDS:
             raise UsageError(_unknown(options.name))
-    if place is None or any(word[:1] == "-" != word for word in rest):  # else starting takes half the time
+    if place is None or any(map(_is_option, rest)):  # argparse takes half the time of a start
         rest = _parse_options(options, rest)
     actions = [name for name in ACTIONS if getattr(options, name)]
     if len(actions) > 1:
@@ -4218,13 +4196,17 @@ def _split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str], int | Non
     for index, word in enumerate(argv):
         if word == "--":
             return argv[:index], argv[index + 1 :], places[0] if places else None
-        if is_value or word[:1] == "-" != word:
+        if is_value or _is_option(word):
             is_value = not is_value and word in valued
             continue
         places.append(index)
         if len(places) == 3 and argv[places[0]] == "work":
             return argv[:index], argv[index:], places[0]
     return argv, [], places[0] if places else None
+
+
+def _is_option(word: str) -> bool:
+    return word[:1] == "-" and word != "-"
 
 
 def _unknown(name: str) -> str:
@@ -4240,8 +4222,9 @@ def _parse_options(options: Options, words: list[str]) -> list[str]:
     _place_wait(words)
     names = (*COMMANDS[options.name][2].split(), *GLOBAL_OPTIONS) if options.name else (*GLOBAL_OPTIONS, "json")
     known = {flag for name in names for flag in OPTIONS[name][0].split()} | {"-h"}
+    # Their text may begin with "-": argparse would read -hello as -h and others.
     for word in words if options.name in ("write", "broadcast") else ():
-        if word[:1] == "-" != word and word[:2] != "--" and word not in known:
+        if _is_option(word) and word[:2] != "--" and word not in known:
             raise UsageError(f"{shown(word)} is no option: if it is text, write '--' before it; see {help}")
     _, operands = _make_parser(options.name, names).parse_known_args(words, options)
     for name in names:
@@ -4256,7 +4239,7 @@ def _parse_options(options: Options, words: list[str]) -> list[str]:
             flag = next((flag for flag in flags.split() if flag in said), flags.split()[-1])
             raise UsageError(f"{flag}: {error}; see {help}") from None
     for word in operands:
-        if word[:1] == "-" != word:
+        if _is_option(word):
             raise UsageError(f"unknown option {shown(word)}: if it is text, write '--' before it; see {help}")
     return operands
 
@@ -4282,7 +4265,7 @@ def _check_operands(options: Options, spec: str) -> None:
         raise UsageError(f"{options.name} takes {spec or 'no operands'}, not {extra}: quote text; {help}")
     if sum(value is not None for value in (options.id, options.number, options.all)) > 1:
         raise UsageError("-m, -n and --all exclude each other")
-    queues = [check_queue_name(word) for word, name in zip(operands, names) if name in "[QUEUE] SOURCE DEST OLD NEW"]
+    queues = [check_queue_name(word) for word, name in zip(operands, names) if name in QUEUE_OPERANDS]
     if len(queues) == 2 and queues[0] == queues[1]:
         raise UsageError(f"{options.name}: both names are {queues[0]!r}")
     narrowed = any(options.filters().values())
@@ -4299,7 +4282,7 @@ def _make_parser(name: str, names: Iterable[str]) -> argparse.ArgumentParser:
             raise UsageError(f"{message}; see {self.prog} --help")
 
         def print_help(self, file: Any = None) -> None:
-            print(self.format_help(), end="")  # argparse hides that this is impossible
+            print(self.format_help(), end="")  # the one of argparse hides that standard output is closed or full
 
     usage, text = "broker [-d DIR] [-f FILE] [-q] COMMAND ...", "A durable message queue in one file.\n\ncommands:\n"
     text += "".join(f"  {command:12} {row[3]}\n" for command, row in COMMANDS.items())
@@ -4353,10 +4336,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_and_exit() -> NoReturn:
-    """The command: main(), and the end of the process, without the 6 to 8 ms in which Python would take itself
+    """The command: main(), and the end of the process, without the milliseconds in which Python would take itself
     apart. All is closed and flushed, and what others have registered with atexit is called."""
-    atexit.unregister(_end_notifiers)  # nothing that they could hold is needed any more
     try:
+        atexit.unregister(_end_notifiers)  # nothing that they could hold is needed any more
         status = main()
         atexit._run_exitfuncs()
         status = flushed(status)
