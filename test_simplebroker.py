@@ -2,7 +2,7 @@
 
 The classes follow the sections of simplebroker.py, then come the command line, crashes and
 the examples. What needs an optional tool is skipped without it. FULL_TESTS=1 repeats the random ones
-more often, TEST_JOBS=1 runs the classes one after the other, TEST_SOAK_S=1200 makes the soak test last so long.
+more often, TEST_JOBS=1 runs the classes one after the other.
 """
 
 from __future__ import annotations
@@ -2737,20 +2737,6 @@ class CrashTest(KillTest):
 
         self.check_kills(start, lambda: self.assertRan(self.cli(*words, "--drain", *command)))
 
-    def test_a_stopped_watcher_does_not_hinder_others_and_goes_on_with_what_is_left(self) -> None:
-        queue = self.queue()
-        child = self.child(lambda child: QueueWatcher("q", lambda m, _: child.say(m), db=self.path).watch())
-        queue.write("first")
-        self.assertEqual(child.hear(), "first")
-        self.assertEmpties(queue)
-        child.signal(signal.SIGSTOP)
-        for number in range(200):
-            queue.write(str(number))
-        self.assertEqual(len(queue.read_many(150)), 150)
-        self.assertRan(self.cli("--vacuum"))
-        child.signal(signal.SIGCONT)
-        self.assertEqual([child.hear() for _ in range(50)], [str(number) for number in range(150, 200)])
-
     def test_what_a_forked_child_writes_survives_that_its_parent_closes_the_last_connection(self) -> None:
         queue, expected = self.queue(), ["1 by the parent", "2 by the child", "3 by the child"]
         queue.write(expected[0])
@@ -2770,18 +2756,10 @@ class CrashTest(KillTest):
 
 
 class SoakTest(KillTest):
-    """Writers, readers, watchers and a vacuum on a deep queue, while one after the other is killed.
+    """Writers, readers, watchers and a vacuum on a deep queue, while one after the other is killed."""
 
-    TEST_SOAK_S=1200 is the long run: at a depth of 100,000, synced, with figures at the end.
-    """
-
-    SECONDS = float(os.environ.get("TEST_SOAK_S", "20" if FULL else "2"))
-    LONG = SECONDS >= 60
-    DEPTH = 100_000 if LONG else 2_000
-    VACUUM_S = min(60.0, SECONDS / 4)
-    KILL_S = 2.0 if LONG else 0.2
-    LEASE_S = 10.0 if LONG else 3.0
-    SETTINGS = Settings(sync_mode="FULL" if LONG else "NORMAL")
+    SECONDS, DEPTH, KILL_S, LEASE_S = 20.0 if FULL else 2.0, 2_000, 0.2, 3.0
+    SETTINGS = Settings(sync_mode="NORMAL")
     ROLES = ("write",) * 4 + ("read",) * 4 + ("watch",) * 2
 
     def begin(self, role: str, name: str) -> Child:
@@ -2792,24 +2770,23 @@ class SoakTest(KillTest):
         for number in range(10**9):
             if number % 200 == 0:
                 self.wait_for(lambda: queue.count() <= self.DEPTH * 1.02)
-            body, begun = f"{name} {number} " + "x" * random.randrange(200), time.monotonic()
-            queue.write(body)
-            note(f"wrote {int(1000 * (time.monotonic() - begun))} {name} {number}")
+            queue.write(f"{name} {number} " + "x" * random.randrange(200))
+            note(f"wrote {name} {number}")
 
     def read(self, note: Callable[[str], object], name: str) -> None:
         queue = self.queue("load", settings=self.SETTINGS)
         while True:
             message = queue.lease(self.LEASE_S, wait=1)
             if message is not None:
-                note("got 0 " + " ".join(message.split()[:2]))
+                note("got " + " ".join(message.split()[:2]))
                 queue.ack(message)
             for message in queue.read_all(lease=self.LEASE_S) if random.random() < 0.01 else ():
                 if random.random() < 0.01:
                     break  # which gives it back
-                note("got 0 " + " ".join(message.split()[:2]))
+                note("got " + " ".join(message.split()[:2]))
 
     def watch(self, note: Callable[[str], object], name: str) -> None:
-        handler = lambda message, timestamp: note("got 0 " + " ".join(message.split()[:2]))  # noqa: E731
+        handler = lambda message, timestamp: note("got " + " ".join(message.split()[:2]))  # noqa: E731
         queue = self.queue("load", settings=self.SETTINGS)
         QueueWatcher(queue, handler, lease=self.LEASE_S, max_attempts=10**6).watch()
 
@@ -2818,18 +2795,16 @@ class SoakTest(KillTest):
         for start in range(0, self.DEPTH, 1000):
             queue.write_many([f"first {number} " + "x" * 100 for number in range(start, start + 1000)])
         running = [(role, self.begin(role, f"{role}{number}")) for number, role in enumerate(self.ROLES)]
-        sizes, kills, killed_consumers, vacuums = [0, 0], 0, 0, 0
-        ends = time.monotonic() + self.SECONDS
-        kill_at, vacuum_at = time.monotonic() + self.KILL_S, time.monotonic() + self.VACUUM_S
+        sizes, kills, killed_consumers, kill_at = [0, 0], 0, 0, 0.0
+        ends, vacuum_at = time.monotonic() + self.SECONDS, time.monotonic() + self.SECONDS / 2
         while time.monotonic() < ends:
             self.pause(0.02)
             sizes = [max(size, os.path.getsize(f"{self.path}{end}")) for size, end in zip(sizes, ("", "-wal"))]
             if time.monotonic() >= vacuum_at:
-                vacuum_at += self.VACUUM_S
+                vacuum_at = math.inf
                 queue.broker.vacuum()
-                vacuums += 1
             if time.monotonic() >= kill_at:
-                kill_at += random.uniform(0, 2 * self.KILL_S)
+                kill_at = time.monotonic() + random.uniform(0, 2 * self.KILL_S)
                 role, child = running.pop(random.randrange(len(running)))
                 self.kill(child)
                 kills, killed_consumers = kills + 1, killed_consumers + (role != "write")
@@ -2839,24 +2814,16 @@ class SoakTest(KillTest):
             killed_consumers += role != "write"
         self.wait_for(lambda: not queue.stats().leased, "the leases to end")
         rest = [" ".join(message.split()[:2]) for message in queue.read_all()]
-        lines = [(words[0], int(words[1]), " ".join(words[2:])) for words in self.notes("*.soak")]
-        wrote = {message: ms for what, ms, message in lines if what == "wrote"}
-        got = Counter([message for what, _, message in lines if what == "got"] + rest)
-        doubled = sum(got.values()) - len(got)
-        figures = (
-            f"{self.SECONDS:g} s: {len(wrote):,} written, {len(got):,} consumed, {kills} kills, {doubled} doubled,"
-            f" {vacuums} vacuums, worst write {max(wrote.values())} ms, file at most {sizes[0] >> 10:,} KiB,"
-            f" log at most {sizes[1] >> 10:,} KiB"
-        )
-        if self.LONG:
-            print(figures, file=sys.stderr)
+        lines = [(words[0], " ".join(words[1:])) for words in self.notes("*.soak")]
+        wrote = {message for what, message in lines if what == "wrote"}
+        got = Counter([message for what, message in lines if what == "got"] + rest)
         first = {f"first {number}" for number in range(self.DEPTH)}
-        self.assertEqual(len((wrote.keys() | first) - got.keys()), 0, figures)
-        self.assertLessEqual(doubled, killed_consumers, figures)  # each was handling one message
-        self.assertGreater(len(wrote), 100, figures)
-        self.assertLess(sizes[0], 1000 * self.DEPTH + (1 << 20), figures)
+        self.assertEqual((wrote | first) - got.keys(), set())
+        self.assertLessEqual(sum(got.values()) - len(got), killed_consumers)  # each was handling one message
+        self.assertGreater(len(wrote), 100)
+        self.assertLess(sizes[0], 1000 * self.DEPTH + (1 << 20))
         if simplebroker.fcntl is not None:  # else no checkpoint finds a moment in which nobody reads and writes
-            self.assertLess(sizes[1], 2 * sizes[0] + (16 << 20), figures)
+            self.assertLess(sizes[1], 2 * sizes[0] + (16 << 20))
         self.assertSound()
 
 
