@@ -5817,6 +5817,7 @@ class PostgreSQLRoom(PostgreSQLTest):
         for queue in ("q", "other"):
             self.assertRan(self.cli("write", queue, queue, "-f", self.url), b"")
         self.assertIn(b'"messages": 2', self.cli("--status", "--json", "-f", self.url).stdout)
+        self.assertRegex(self.cli("top", "-f", self.url).stdout, rb"(?m)^\w+ +\d+ +0 +0 +\d+s  #+$")
         work = [*PYTHON, "-m", "simplebroker", "read", "other"]
         self.assertRan(self.cli("-f", self.url, "work", "q", "--drain", "--", *work), b"other\n")
         for option, status, named in (("--vacuum", 0, b"VACUUM FULL simplebroker."), ("--cleanup", 1, b"DROP SCHEMA")):
