@@ -4561,15 +4561,17 @@ class SignalTest(CommandTest):
     @unittest.skipIf(sys.implementation.name == "pypy", "needs CPython: PyPy does not tell that a signal is ignored")
     def test_a_signal_that_is_ignored_at_the_start_stays_ignored_and_one_ends_a_wait(self) -> None:
         child = self.start("watch", "q", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-        waits = self.start("read", "r", "--wait")
         for body in ("1", "2"):
             self.queue("q", body)
             self.assertEqual(self.read_line(child.stdout), body.encode() + b"\n")
             child.send_signal(signal.SIGHUP if body == "1" else signal.SIGTERM)
         self.assertRan(self.finish(child), b"")
-        self.assertGoesOn(waits, 0.2)
-        waits.send_signal(signal.SIGINT)
-        self.assertRan(self.finish(waits), b"", status=128 + signal.SIGINT)
+
+        def interrupt(pid: int, end: int) -> None:
+            self.assertEqual(select.select([end], [], [], 0.3)[0], [])
+            os.kill(pid, signal.SIGINT)
+
+        self.assertRan(self.fork("read", "r", "--wait", stop=interrupt), b"", status=128 + signal.SIGINT)
 
     NUMBERS = tuple(map(str, range(2000)))
     LINES = tuple(f"{number:0500}" for number in range(5000))  # three batches
