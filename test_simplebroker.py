@@ -2665,8 +2665,11 @@ class CrashTest(KillTest):
 
     def test_kill_at_random_moments_loses_and_doubles_nothing(self) -> None:
         rounds = 100 if FULL else 10  # two processes are killed in each
-        for _ in range(rounds):
+        for number in range(rounds):
+            before = len(self.notes())
             children = [self.child(lambda child, name=name: self.work(name)) for name in "ab"]
+            if number % 2:  # else they may be killed while they open the database
+                self.wait_for(lambda: len(self.notes()) > before)
             self.pause(random.uniform(0.01, 0.1))
             for child in children:
                 self.kill(child)
@@ -2674,7 +2677,7 @@ class CrashTest(KillTest):
         rows = self.sqlite("SELECT id, queue, substr(body, 1, 40) FROM messages")
         place = {str(id): (queue, body) for id, queue, body in rows}
         report = self.notes()
-        self.assertGreater(len(report), rounds)
+        self.assertGreaterEqual(len(report), rounds // 2)
         written = {name: [words[2] for words in report if words[:2] == ["wrote", name]] for name in "ab"}
         for name, ids in written.items():
             self.assertEqual(ids, sorted(set(ids), key=int), name)  # ascending, none twice
