@@ -3555,7 +3555,12 @@ def decode(data: bytes, what: str, settings: Settings) -> str:
 
 def message_text(operand: str, settings: Settings) -> str:
     """The body that an operand means: itself, or standard input for '-'."""
-    data = standard_input().read(settings.max_message_size + 1) if operand == "-" else os.fsencode(operand)
+    if operand == "-":
+        return decode(standard_input().read(settings.max_message_size + 1), "the message", settings)
+    try:
+        data = os.fsencode(operand)
+    except UnicodeEncodeError:  # PyPy takes arguments as UTF-8 even where the locale knows ASCII only
+        data = operand.encode()
     return decode(data, "the message", settings)
 
 

@@ -4587,6 +4587,8 @@ class SignalTest(CommandTest):
         They are counted from the moment in which the command begins, however long Python takes until then.
         done_by() returns what it did. If it did some, its status is this one (None: the signal's).
         """
+        if sys.implementation.name == "pypy":
+            self.skipTest("needs CPython: PyPy loses an interrupt that comes in a finalizer")
         seed = int(os.environ.get("TEST_SEED", random.randrange(10**6)))
         rng = random.Random(seed)
         whole_s = 0.06  # of those that do not end by themselves soon; the others are measured first, with no signal

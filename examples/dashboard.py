@@ -330,7 +330,7 @@ async function change(path, values, question) {
   fill(document, {"#question": question, "#yes": question.split(" ")[0]});
   $("#ask").returnValue = "";
   $("#ask").showModal();
-  await new Promise((closed) => { $("#ask").onclose = closed; });
+  do await new Promise((closed) => { $("#ask").onclose = closed; }); while ($("#ask").open);  // else of a dialog before
   if ($("#ask").returnValue !== "yes") return;
   await look(open, await call("POST", path, values).then((count) => `${path}d: ${count}`, (error) => error.message));
   $("#again").focus();
