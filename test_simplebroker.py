@@ -2455,6 +2455,7 @@ class QueueWatcherTest(ConsumerTest):
                 if message == "poison":
                     os._exit(9)
 
+            logging.disable(logging.CRITICAL)  # of this process
             QueueWatcher("q", handler, db=self.path, lease=0.1, max_attempts=3, drain=True).watch()
 
         queue = self.queue()
