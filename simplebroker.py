@@ -1430,8 +1430,12 @@ class SQLiteRunner(SQLRunner):
     def _leave_line(self, request: _Request | None = None) -> list[_Request]:
         """Take this request, or all, out of the commit queue; who is the first afterwards leads."""
         with self._queue_guard:
-            taken = self._queue if request is None else [request]
-            self._queue = [] if taken == self._queue else [each for each in self._queue if each is not request]
+            if request is None:
+                taken, self._queue = self._queue, []
+            else:  # (no comprehension: CPython 3.12.1 keeps a lock when an interrupt comes into one)
+                taken = [request]
+                if request in self._queue:
+                    self._queue.remove(request)
             if self._queue:
                 self._queue[0].rouse()
         return taken
