@@ -6011,6 +6011,28 @@ class CasesTest(ForkTest):
         child = self.python(code, str(self.path))
         self.assertEqual(child.communicate(timeout=DEADLINE_S)[0], b"True\n")
 
+    @unittest.skipUnless(sys.implementation.name == "cpython", "needs CPython: subinterpreters")
+    def test_a_subinterpreter_that_may_start_no_thread_waits_by_looking(self) -> None:
+        """Case 16; from CPython 3.12 on, not even the object of a daemon thread can be made there."""
+        inside = f"""
+            import os, sys
+            sys.path[:] = {sys.path!r}
+            from simplebroker import Queue
+            queue = Queue("q", {str(self.path)!r})
+            queue.write("a")
+            os.write(1, repr([queue.read(wait=5), queue.read(wait=0.2)]).encode())
+        """
+        code = """
+            import sys
+            try:
+                import _interpreters as interpreters  # from 3.13 on
+            except ImportError:
+                import _xxsubinterpreters as interpreters
+            interpreters.run_string(interpreters.create(), sys.argv[1])
+        """
+        child = self.python(code, textwrap.dedent(inside), stderr=subprocess.DEVNULL)
+        self.assertEqual(child.communicate(timeout=DEADLINE_S)[0], b"['a', None]")
+
     def test_a_second_hard_link_is_refused(self) -> None:
         """Case 17."""
         self.queue().write("a")
