@@ -3678,7 +3678,9 @@ class CommandTest(BrokerTest):
             sys.stdin = io.TextIOWrapper(open(0, "rb", closefd=False))
             sys.stdout, sys.stderr = (open(fd, "w", 1, encoding="utf-8", closefd=False) for fd in (1, 2))
             sys.argv = ["broker", *args]
-            atexit._clear()  # what is registered is the parent's
+            atexit._clear()  # what is registered is the parent's, and what it left to be collected
+            if hasattr(gc, "freeze"):  # (PyPy)
+                gc.freeze()
             prepare()
             os._exit = sys.exit
             os.write(begun, b"!")
