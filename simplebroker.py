@@ -879,7 +879,7 @@ class WriterLock:
         make_directory_of(self.path)
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            if os.fstat(self._fd).st_mode & 0o700 != 0o600:
+            if os.fstat(self._fd).st_mode & 0o600 != 0o600:
                 os.fchmod(self._fd, 0o600)  # the umask took bits away from the owner
         except OSError as error:
             why = f"{error.strerror}; make the directory writable"
@@ -1270,7 +1270,7 @@ _MEANINGS = (
     ("is full", "the disk is full: nothing was changed; free some space and try again"),
     ("readonly", "the database cannot be written: make the file and its directory writable"),
     ("disk I/O", "the file cannot be read or written, perhaps at a limit of its size: nothing was changed"),
-    ("open database", "the database cannot be opened: check that the directory exists and is writable"),
+    ("open database", "the database cannot be opened: see that you may read and write it and its directory"),
 )
 REOPEN_S = 0.1  # for so long a reader tries again to open a file, as it may just be made or deleted
 _as_text = partial(str, encoding="utf-8", errors="replace")  # rows of other programs need not be UTF-8
@@ -1770,8 +1770,8 @@ class SQLiteRunner(SQLRunner):
             found = os.stat(self.path)
         except OSError as error:
             raise OperationalError(f"cannot look at {self.path!r}, try again: {error.strerror}") from error
-        if stat.S_ISDIR(found.st_mode):
-            raise OperationalError(f"{self.path!r} is a directory: give a file")
+        if not stat.S_ISREG(found.st_mode):
+            raise OperationalError(f"{self.path!r} is a directory or a device: give a file")
         if found.st_nlink > 1:
             raise DatabaseError(f"{self.path!r} has {found.st_nlink} hard links, each with a log of its own: keep one")
         path = self.path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
