@@ -396,7 +396,7 @@ class MessageTest(unittest.TestCase):
         self.assertEqual([type(text) for text in (str(message), message.upper())], [str, str])
         self.assertEqual((message.timestamp, *(getattr(message, name) for name in self.FIELDS[1:])), self.VALUES)
         self.assertEqual([getattr(plain, name) for name in self.FIELDS], [1, "q", 0, None, None, None, "ready"])
-        self.assertTrue(plain, "a message is true, also with an empty body")
+        self.assertTrue(plain, "so a loop over read() does not end at an empty body (trap 39)")
 
     def test_copies_and_pickles_keep_everything(self) -> None:
         ways: list[Callable[[Any], Any]] = [copy.copy, copy.deepcopy]
@@ -596,12 +596,6 @@ class IdsAndTimesTest(CoreTest):
             remove()
             with Broker(self.path, clock=self.clock, settings=Settings(sync_mode="OFF", cache_mb=3)) as broker:
                 self.assertEqual((broker.queue("q").write("y"), broker.delete_all()), (last + 1, 1), remove)
-        b, future = self.broker(clock=self.clock), self.clock.ns + 99 * HOUR_NS
-        b.load([HEADER.replace('"0"', f'"{future}"')])
-        with contextlib.suppress(ZeroDivisionError), b.transaction():
-            self.assertEqual(b.queue("q").write("undone"), future + 1)
-            raise ZeroDivisionError
-        self.assertEqual((b.status()["last_ts"], b.queue("q").write("x")), (future, future + 1))
 
     def test_the_generator_gives_each_id_once_and_in_the_callers_transaction(self) -> None:
         first, generator = self.q.write("x"), TimestampGenerator(self.b.runner, self.clock)
@@ -833,8 +827,7 @@ class RunnerTest(ForkTest):
                 found = [queue.broker.run(sql)[0][0] for sql in ("PRAGMA application_id", ext.SELECT_VERSION)]
                 self.assertEqual(found, [ext.APPLICATION_ID, ext.SCHEMA_VERSION])  # the database says what it is
             gc.collect()  # PyPy closes the log no sooner
-            still_open = [os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.exists()] if ON_LINUX else []
-            self.assertEqual([file for file in still_open if str(self.dir) in file], [])
+            self.assertEqual([file for file in descriptors() if str(self.dir) in file], [])
 
     def test_opening_an_existing_database_only_reads_also_while_a_writer_is_inside(self) -> None:  # trap 16
         def work(child: Child) -> None:
@@ -1158,7 +1151,8 @@ class QueueContract:
         self.assertFalse(q.delete(before=ids[1]))
         self.assertTrue(q.delete(before=ids[3]))  # one, leased
         self.assertTrue(q.delete(after=ids[3], before=ids[6]))
-        self.assertEqual([body for body, *_ in self.states("q")], ["3", "6", "later"])
+        expected = [("3", "ready", 0, None), ("6", "ready", 0, None), ("later", "delayed", 0, None)]
+        self.assertEqual(self.states("q"), expected)
         self.assertTrue(q.delete(after=ids[6]))  # one, delayed
         self.assertEqual(self.counts(), {"other": (1, 0, 0), "q": (2, 0, 0)})
         self.assertTrue(q.delete())
@@ -1178,13 +1172,14 @@ class QueueContract:
         q, _ = self.q("q"), self.fill("q", "ab")
         lease = q.lease(60)
         self.assertEqual((str(lease), lease.attempt, q.peek(), self.counts()), ("a", 1, "b", {"q": (1, 1, 0)}))
+        self.assertEqual(self.states("q"), [("a", "leased", 1, None), ("b", "ready", 0, None)])
         q.release(lease)
         lease = q.lease(60)
         self.assertEqual((str(lease), lease.attempt), ("a", 2))
         q.ack(lease)
         self.assertRaises(LeaseLost, q.ack, lease)
         q.release(q.lease(60), delay=60)
-        self.assertEqual((q.read(), self.counts()), (None, {"q": (0, 0, 1)}))
+        self.assertEqual((q.read(), self.states("q")), (None, [("b", "delayed", 1, None)]))
 
     def test_a_stale_lease_can_do_nothing_whatever_happened_in_between(self: Any) -> None:
         """Case 2, trap 26: also where the attempt is 1 again."""
@@ -1229,16 +1224,6 @@ class QueueContract:
         q.release(q.lease(60), reason="again")
         q.move("d")
         self.assertEqual((self.states("d"), self.counts()["q"]), ([("a", "ready", 0, None)], (2, 0, 0)))
-
-    def test_peek_shows_what_is_held_when_it_is_asked_to(self: Any) -> None:
-        q = self.q("q")
-        for body, delay in (("leased", 0), ("delayed", 60), ("given back", 0), ("ready", 0)):
-            q.write(body, delay=delay)
-        q.lease(60)
-        q.release(q.lease(60), delay=60)
-        expected = [("leased", "leased", 1, None), ("delayed", "delayed", 0, None)]
-        expected += [("given back", "delayed", 1, None), ("ready", "ready", 0, None)]
-        self.assertEqual((self.states("q"), list(q.peek_all())), (expected, ["ready"]))
 
     def test_a_rename_takes_all_messages_and_keeps_their_leases(self: Any) -> None:
         for queue, body in (("old", "a"), ("new", "b"), ("old", "c"), ("old.dead", "d")):
@@ -1412,32 +1397,6 @@ class StoppedClockTest(ForkTest):
         self.q: Any = self.b.queue("q")
 
 
-class BrokerRoom(StoppedClockTest):
-    def test_stats_tell_the_oldest_that_is_ready_what_is_due_included(self) -> None:
-        self.assertEqual(self.q.stats(), Stats(0, 0, 0, None))
-        late, first = self.q.write("late", delay=5), self.q.write("first")
-        for seconds, expected in ((0, Stats(1, 0, 1, first)), (6, Stats(2, 0, 0, late))):
-            self.clock.ns += seconds * NS
-            self.assertEqual((self.q.stats(), self.b.queues()), (expected, {"q": expected}))
-        self.q.delete(message_id=late)
-        self.q.lease(60)
-        self.assertEqual((self.q.stats(), self.q.stats().total), (Stats(0, 1, 0, None), 1))
-
-    def test_a_closed_broker_says_so(self) -> None:
-        broker, queue = self.b, self.q
-        queue.write("x")
-        queue.close()  # which does not close the broker
-        self.assertEqual(broker.queue("q").count(), 1)
-        broker.close()
-        broker.close()
-        for act in (
-            broker.queues, broker.vacuum, broker.status, broker.transaction, broker.delete_all, broker.waiter,
-            broker.delete_database, queue.read, queue.peek, lambda: list(broker.dump()), lambda: queue.write("x"),
-        ):  # fmt: skip
-            self.assertRaisesRegex(UsageError, "closed: make a new one", act)
-        self.assertBodies(self.queue(), ["x"])
-
-
 class TransactionTest(ForkTest):
     def test_a_transaction_is_kept_whole_or_not_at_all_and_an_inner_one_is_undone_alone(self) -> None:
         broker = self.broker()
@@ -1549,26 +1508,6 @@ class DumpAndLoad(StoppedClockTest):
     def line(self, **changes: Any) -> str:
         return json.dumps({**self.MESSAGE, **changes})
 
-    def test_a_loaded_dump_dumps_the_same_and_what_was_leased_is_delayed(self) -> None:
-        q = self.q
-        q.write_many(["leased", "failed", "\u00e9\u65e5\U0001f600", "\0", '"\\', *map(str, range(100))])
-        q.lease(100)
-        q.release(q.lease(60), reason="exit status 3")
-        q.write("delayed", delay=100)
-        gone = self.b.queue("gone").write("x")
-        self.b.queue("gone").read()
-        lines = list(self.b.dump())
-        due = str(self.clock.ns + 100 * NS)
-        records = [json.loads(line).items() for line in lines[1:]]
-        found = [{name: value for name, value in record if name not in self.MESSAGE} for record in records]
-        expected = [{"attempt": 1, "held_until": due}, {"attempt": 1, "reason": "exit status 3"}, {"held_until": due}]
-        self.assertEqual([extras for extras in found if extras], expected)
-        for number, given in enumerate((lines, [line.encode() + b"\n" for line in lines])):
-            with Broker(self.dir / f"{number}.db", clock=self.clock) as copied:
-                self.assertEqual((copied.load(given), list(copied.dump())), (106, lines))
-                self.assertEqual(copied.queue("q").stats()[:3], (104, 0, 2))
-                self.assertGreater(copied.queue("q").write("x"), gone)
-
     def test_dumps_of_the_package_on_pypi_are_read(self) -> None:
         lines = [
             '{"type": "header", "format": "simplebroker-dump", "version": 1, "created": "2025-01-01"}',
@@ -1625,14 +1564,6 @@ class DumpAndLoad(StoppedClockTest):
 class QueueTest(StoppedClockTest):
     """What only Python sees."""
 
-    def test_a_loop_over_read_does_not_end_at_an_empty_body(self) -> None:
-        """Trap 39."""
-        self.q.write_many(["a", "", "b"])
-        found = []
-        while message := self.q.read():
-            found.append(str(message))
-        self.assertEqual(found, ["a", "", "b"])
-
     def test_delay_and_until_mean_the_same_moment_by_the_clock_of_the_broker(self) -> None:
         """A wait follows that clock too (case 19)."""
         due = self.clock.ns + 60 * NS
@@ -1667,11 +1598,12 @@ class QueueTest(StoppedClockTest):
             lambda value: LeasesInFlight(q, value), lambda value: list(q.read_all(lease=value)),
         )  # fmt: skip
         moments = (lambda value: q.write("x", until=value), lambda value: q.write_many(["x"], until=value))
+        waits = (lambda value: q.read(wait=value), lambda value: q.lease(wait=value))
         reasons = (lambda value: q.release(message, reason=value), lambda value: q.dead_letter(message, reason=value))
         for act in (
             lambda: q.write("x", delay=5, until=5), lambda: q.write_many(["x"], delay=5, until=5),
             lambda: q.dead_letter(message, "q"), lambda: q.dead_letter(message, "no good"), lambda: q.requeue("q"),
-            lambda: LeasesInFlight(q, 0), lambda: q.read(wait=-1), lambda: q.lease(wait=math.nan),
+            lambda: LeasesInFlight(q, 0),
         ):  # fmt: skip
             self.assertRaises(ValueError, act)
         year_2300 = datetime(2300, 1, 1, tzinfo=timezone.utc)  # beyond the numbers: no OverflowError (case 19)
@@ -1680,6 +1612,7 @@ class QueueTest(StoppedClockTest):
             (ValueError, durations, (-1, -0.001, math.nan, math.inf, 1e300, 10**30)),
             (TypeError, moments, (True, "2024-01-15", 1.5, date(2024, 1, 15), b"5")),
             (ValueError, moments, (-1, 2**63, datetime(2024, 1, 15), year_2300)),
+            (ValueError, waits, (True, -1, -0.001, -math.inf, math.nan)),
             (TypeError, reasons, (5, b"x")),
         ):
             for number, act in enumerate(acts):
@@ -1701,18 +1634,19 @@ class QueueTest(StoppedClockTest):
         self.addCleanup(runner.close)
         self.assertRaisesRegex(TypeError, "custom runner", pickle.dumps, Queue("q", runner=runner))
 
-    def test_a_wait_ends_when_a_message_comes_by_another_process_or_becomes_due(self) -> None:
-        queue: Any = self.queue()
-        for take in (queue.read, queue.lease):
-            queue.write("first")
-            self.assertEqual(take(wait=DEADLINE_S), "first")  # what is there already
-            child = self.child(lambda child: (child.hear(), self.queue().write("by another")))
-            child.say("go")
-            found = take(wait=math.inf)
-            self.assertEqual((found, child.wait()), ("by another", 0))
-            queue.write("due", delay=0.05)
-            self.assertEqual(take(wait=DEADLINE_S), "due")
-            self.assertEqual((take(after=found.id, wait=0), take(wait=0.01)), (None, None))
+    def test_a_closed_broker_says_so(self) -> None:
+        broker, queue = self.b, self.q
+        queue.write("x")
+        queue.close()  # which does not close the broker
+        self.assertEqual(broker.queue("q").count(), 1)
+        broker.close()
+        broker.close()
+        for act in (
+            broker.queues, broker.vacuum, broker.status, broker.transaction, broker.delete_all, broker.waiter,
+            broker.delete_database, queue.read, queue.peek, lambda: list(broker.dump()), lambda: queue.write("x"),
+        ):  # fmt: skip
+            self.assertRaisesRegex(UsageError, "closed: make a new one", act)
+        self.assertBodies(self.queue(), ["x"])
 
     def test_peek_all_misses_nothing_while_rows_are_deleted(self) -> None:
         """Trap 6."""
@@ -1846,21 +1780,6 @@ class WorkTest(CoreTest):
 
 
 class LeasesTest(StoppedClockTest):
-    def test_an_ended_lease_is_still_good_while_nobody_took_the_message(self) -> None:
-        q = self.q
-        q.write_many(["a", "b", "c"])
-        first, second, third = q.lease(10), q.lease(10), q.lease(10)
-        self.clock.ns += 11 * NS
-        q.extend(first, 30)
-        self.assertEqual((q.peek_many(9), q.stats()[:3]), (["b", "c"], (2, 1, 0)))
-        q.ack(second)
-        q.release(third, delay=60)
-        self.clock.ns += 29 * NS
-        self.assertEqual(q.stats()[:3], (0, 1, 1))
-        q.ack(first)
-        for message, why in ((first, "gone"), (third, "lost")):
-            self.assertRaisesRegex(LeaseLost, f"{message.id} is {why}", q.ack, message)
-
     def test_a_lease_and_a_delay_last_from_when_they_are_given(self) -> None:
         """Case 10, trap 31: not from when they began to wait for the lock."""
         queue: Any = self.queue()
@@ -2047,26 +1966,20 @@ class ConsumerTest(ForkTest):
 class WaitingTest(ConsumerTest):
     """read(wait=), lease(wait=) and wait_for_change()."""
 
-    def test_a_wait_ends_after_its_time_and_not_before_and_must_be_a_time(self) -> None:
+    def test_a_wait_ends_after_its_time_and_not_before(self) -> None:
         queue = self.queue(settings=NOTIFIED_ONLY)
         for take in (queue.read, queue.lease):
             started = time.monotonic()
             self.assertIsNone(take(wait=0.12))
             self.assertGreaterEqual(time.monotonic() - started, 0.12)
             self.assertSoon(started)
-        queue.write("stays")
-        for wait in (-1, -0.001, -math.inf, math.nan):
-            for take in (queue.read, queue.lease):
-                with self.subTest(take=take.__name__, wait=wait), self.assertRaises(ValueError):
-                    take(wait=wait)
-        self.assertEqual(queue.count(), 1)
 
     def test_of_many_who_wait_each_gets_one_message_within_its_bounds_and_none_is_missed(self) -> None:
         queue, writer = self.queue(settings=NOTIFIED_ONLY), self.writer()
         bound = queue.write("too old")
         bodies = [str(number) for number in range(8)]
         with ThreadPoolExecutor(8) as pool:
-            waiting = [pool.submit(queue.read, wait=DEADLINE_S, after=bound) for _ in bodies]
+            waiting = [pool.submit(take, wait=math.inf, after=bound) for take in (queue.read, queue.lease) * 4]
             for body in bodies:
                 writer.say(body)
             self.assertEqual(sorted(str(each.result()) for each in waiting), bodies)
@@ -2157,6 +2070,7 @@ class NotifierTest(ConsumerTest):
             for name, write in (("own", own.write), ("other", other.write), ("process", writer.say)):
                 with self.subTest(what, by=name):  # half a second or more: found by looking, or never
                     self.assertWakes(recorder, write, 0.3)
+        self.assertWakes(recorder, writer.say, 0.02, tries=30)  # as polling every 40 ms would take
 
     def test_who_cannot_be_notified_or_notifies_nobody_is_found_by_looking(self) -> None:
         """Twice a second where inotify works; elsewhere every BROKER_MAX_INTERVAL. Waiters would look once a second."""
@@ -2203,19 +2117,6 @@ class NotifierTest(ConsumerTest):
         used = time.process_time()
         self.pause(0.5)
         self.assertLess(time.process_time() - used, 0.1)
-
-    @NEEDS_INOTIFY
-    def test_an_idle_watcher_of_another_process_wakes_in_a_moment(self) -> None:
-        def work(child: Child) -> None:
-            handler = lambda message, timestamp: child.say(str(time.monotonic_ns() - int(message)))  # noqa: E731
-            QueueWatcher("q", handler, db=self.path).watch()
-
-        child, queue, waits = self.child(work), self.queue(), []
-        for _ in range(30):
-            queue.write(str(time.monotonic_ns()))
-            waits.append(int(child.hear()))
-            self.pause(random.uniform(0.001, 0.008))
-        self.assertLess(statistics.median(waits), 20e6)  # as polling every 40 ms would be
 
     def test_a_fork_while_a_thread_begins_to_wait_leaves_no_lock_held_and_both_sides_awake(self) -> None:
         """Trap 18: the child hung in its first write, with the writer lock held."""
@@ -3116,19 +3017,20 @@ class ModelTest(CoreTest):
     def assertContent(self) -> None:
         """Everything: what dump() says, and what peek() shows of what is held."""
         head, *lines = [json.loads(line) for line in self.real.dump()]
-        rows = sorted(self.model.rows.values(), key=lambda row: (row.queue, row.id))
-        self.assertEqual(int(head["last_ts"]), self.model.last)
-        names = ("queue", "body", "attempt", "reason")
-        self.assertEqual(
-            [(int(line["id"]), int(line.get("held_until", 0)), *map(line.get, names)) for line in lines],
-            [(row.id, row.held or 0, row.queue, row.body, row.attempt or None, row.reason) for row in rows],
-        )
+        expected = []
+        for row in sorted(self.model.rows.values(), key=lambda row: (row.queue, row.id)):
+            held_until = row.held and f"{row.held:019}"
+            extras = {"held_until": held_until, "attempt": row.attempt, "reason": row.reason}
+            line = {"type": "message", "queue": row.queue, "body": row.body, "id": f"{row.id:019}"}
+            expected.append({**line, **{name: value for name, value in extras.items() if value}})
+        self.assertEqual((int(head["last_ts"]), lines), (self.model.last, expected))
         shown = [(m.id, m.state, m.due) for name in self.NAMES for m in self.real.queue(name).peek_all(held=True)]
         states = ((row, self.model.state(row)) for name in self.NAMES for row in self.model.stored(name))
         self.assertEqual(shown, [(row.id, state, None if state == "ready" else row.held) for row, state in states])
 
     def do_write(self) -> None:
-        body, until = f"body {self.id}" * self.rng.choice([0, 1, 1, 200]), self.until + self.rng.choice([-5, 0, 5]) * NS
+        body = f'\0\n"\\ \u00e9\U0001f600 {self.id}' * self.rng.choice([0, 1, 1, 200])
+        until = self.until + self.rng.choice([-5, 0, 5]) * NS
         until = self.rng.choice([None, until])
         self.assertEqual([self.queue.write(body, until=until)], self.model.write(self.name, [body], until))
 
@@ -3260,7 +3162,8 @@ class ModelTest(CoreTest):
         lines = list(self.real.dump())
         self.real.close()
         self.open()
-        self.assertEqual(self.real.load(lines), len(self.model.rows))
+        given = self.rng.choice([lines, [line.encode() + b"\n" for line in lines]])
+        self.assertEqual(self.real.load(given), len(self.model.rows))
         for row in self.model.rows.values():
             row.lease = None
 
@@ -3583,18 +3486,14 @@ class SyncFaultTest(ForkTest):
                 self.wait_for(lambda: attempt(broker), "all in one transaction")
 
         self.assertEqual(self.child(work).wait(), 0)
+
+
 # ---------------------------------------------------------------------------------------------------
 # The command line.
 # ---------------------------------------------------------------------------------------------------
 
 
 Done = subprocess.CompletedProcess[bytes]
-
-
-# ---------------------------------------------------------------------------------------------------
-# The command line.
-# ---------------------------------------------------------------------------------------------------
-
 
 # DESIGN.md section 8 as data: the operands and the options of each command. Global options go with all.
 COMMANDS = {
