@@ -318,6 +318,16 @@ class ForkTest(CoreTest):
         return child
 
 
+class StoppedClockTest(ForkTest):
+    """A broker whose clock stands still, and its queue q."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.clock = Clock()
+        self.b = self.broker(clock=self.clock)
+        self.q: Any = self.b.queue("q")
+
+
 class PlainRunner(SQLRunner):
     """A runner as SEED.md describes it: five methods over plain sqlite3. It takes only what the SQL room has."""
 
@@ -534,7 +544,7 @@ class SettingsTest(CoreTest):
             self.assertEqual({name: broker.run(f"PRAGMA {name}")[0][0] for name in expected}, expected)
 
 
-class IdsAndTimesTest(CoreTest):
+class IdsAndTimesTest(StoppedClockTest):
     """Ids: max(now & ~0xFFF, last + 1), whatever happens to the clock or to the messages."""
 
     TIMES = {
@@ -554,12 +564,6 @@ class IdsAndTimesTest(CoreTest):
                  0.0005: "0.5ms", 7: "007s", 3162240000: "36600d"}  # fmt: skip
     NO_DURATIONS = ["", " ", "5 m", " 90", "90\n", "9" * 100_000]
     NO_DURATIONS += "-1 +1 1e3 1_0 5M m .5 5. 1h30m nan inf 9999999999999999 36601d 5us 5w 0x5 \uff15 \u0665s".split()
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.clock = Clock()
-        self.b = self.broker(clock=self.clock)
-        self.q: Any = self.b.queue("q")
 
     def test_every_documented_form_of_a_time_or_duration_and_no_other(self) -> None:  # trap 13
         times = (simplebroker.parse_timestamp, self.TIMES, self.NO_TIMES)
@@ -1385,16 +1389,6 @@ class ContractOfCommandLine(QueueContract, ForkTest):
             raise BrokerError
 
 
-class StoppedClockTest(ForkTest):
-    """A broker whose clock stands still, and its queue q."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.clock = Clock()
-        self.b = self.broker(clock=self.clock)
-        self.q: Any = self.b.queue("q")
-
-
 class TransactionTest(ForkTest):
     def test_a_transaction_is_kept_whole_or_not_at_all_and_an_inner_one_is_undone_alone(self) -> None:
         """ModelTest nests them at random; until the end nobody else sees anything of it."""
@@ -2166,23 +2160,21 @@ class LeasesInFlightTest(ConsumerTest):
             self.assertEqual((message, queue.stats().leased), ("slow", 1))
         self.assertEqual(queue.stats().total, 0)
 
-    def test_a_handler_slower_than_its_lease_is_called_once_and_keeps_the_rest_of_its_batch(self) -> None:
+    def test_a_slow_handler_is_called_once_and_its_watcher_keeps_its_batch_until_it_is_stopped(self) -> None:
+        """Then the current message is handled to its end, and the others are given back with no attempt used up."""
         queue, recorder, go = self.queue(), Recorder(), threading.Event()
         queue.write_many(["slow", "b", "c"])
-
-        def handler(message: Message, timestamp: int) -> None:
-            recorder(message, timestamp)
-            if message == "slow":
-                go.wait(DEADLINE_S)
-
-        self.start(handler, lease=0.4, batch_size=3)
+        watcher = self.start(lambda *args: (recorder(*args), go.wait(DEADLINE_S)), lease=0.4, batch_size=3)
         self.assertTrue(recorder.reached(1))
         rival = self.start(recorder, db=self.other().broker)
         self.assertIsNone(self.other().lease(wait=1.0))  # more than two leases long
         rival.stop(DEADLINE_S)
+        watcher.stop(0.05)  # does not wait longer than it is told
+        self.assertTrue(watcher.run_in_thread().is_alive())
         go.set()
-        self.assertEmpties(queue)
-        self.assertEqual(recorder.attempts, [("slow", 1), ("b", 1), ("c", 1)])
+        self.assertEnds(watcher, SOON_S)
+        self.assertEqual(recorder.attempts, [("slow", 1)])
+        self.assertEqual([(str(m), m.attempt) for m in queue.peek_many(9, held=True)], [("b", 0), ("c", 0)])
 
     def test_batches_grow_while_work_is_fast_and_stay_small_while_it_is_slow_or_heavy(self) -> None:
         sizes: dict[str, list[int]] = {"fast": [], "slow": [], "heavy": []}
@@ -2328,18 +2320,14 @@ class QueueWatcherTest(ConsumerTest):
 
     def test_where_the_name_of_the_dead_letter_queue_is_too_long_the_watcher_ends_and_keeps_nothing(self) -> None:
         """Case 19. At the last attempt, and for a message that killed its consumers. The Queue stays the caller's."""
-        for length in (507, 508, 512):
-            with self.subTest(length=length), self.assertLogs("simplebroker"):
-                queue = self.queue("q" * length)
-                queue.write_many(["bad", "next"])
-                if length == 507:
-                    self.drain(Recorder(ValueError()), queue.name, max_attempts=1)
-                    self.assertEqual(self.queue(queue.name + ".dead").read(), "bad")
-                    continue
-                for _ in range(2):
-                    watcher = QueueWatcher(queue, Recorder(ValueError()), max_attempts=1, batch_size=2)
-                    self.assertRaises(QueueNameError, watcher.watch)
-                    self.assertEqual(queue.stats()[:3], (2, 0, 0))
+        for length in (508, 512):
+            queue = self.queue("q" * length)
+            queue.write_many(["bad", "next"])
+            for _ in range(2):
+                watcher = QueueWatcher(queue, Recorder(ValueError()), max_attempts=1, batch_size=2)
+                with self.subTest(length), self.assertLogs("simplebroker"), self.assertRaises(QueueNameError):
+                    watcher.watch()
+                self.assertEqual(queue.stats()[:3], (2, 0, 0))
 
     def test_a_message_that_kills_its_consumers_ends_in_the_dead_letter_queue(self) -> None:
         def work(child: Child) -> None:
@@ -2387,18 +2375,6 @@ class QueueWatcherTest(ConsumerTest):
                     self.assertRaises(RuntimeError, watcher.watch)  # one thread at a time
                     {"stop": watcher.stop, "event": event.set, "leave": stack.close}[way]()
                     self.assertEnds(watcher, 1.0)
-
-    def test_a_busy_watcher_ends_after_the_current_message_and_gives_the_rest_back(self) -> None:
-        """What was not handled has used up no attempt."""
-        queue, recorder, go = self.queue(), Recorder(), threading.Event()
-        queue.write_many(["a", "b", "c"])
-        watcher = self.start(lambda *args: (recorder(*args), go.wait(DEADLINE_S)), batch_size=3)
-        self.assertTrue(recorder.reached(1))
-        watcher.stop(0.05)  # does not wait longer than it is told
-        self.assertEqual((watcher.run_in_thread().is_alive(), queue.stats()[:3]), (True, (0, 3, 0)))
-        go.set()
-        self.assertEnds(watcher, SOON_S)
-        self.assertEqual([(str(m), m.attempt) for m in queue.peek_many(9, held=True)], [("b", 0), ("c", 0)])
 
     def test_a_signal_ends_a_watcher_of_the_main_thread_after_the_current_message(self) -> None:
         queue = self.queue()
@@ -2471,12 +2447,6 @@ class QueueWatcherTest(ConsumerTest):
 
 
 class QueueMoveWatcherTest(ConsumerTest):
-    def move(self, handler: Any = None, **options: Any) -> QueueMoveWatcher:
-        watcher = QueueMoveWatcher("q", "done", handler, db=self.path, **options)
-        self.addCleanup(watcher.stop, DEADLINE_S)
-        watcher.run_in_thread()
-        return watcher
-
     def test_it_moves_what_is_there_and_what_comes_when_its_handler_returned(self) -> None:
         """Within its bound, with the same ids, and without a handler at once."""
         queue, done, counts, recorder = self.queue(), self.queue("done"), [], Recorder()
@@ -2488,20 +2458,19 @@ class QueueMoveWatcherTest(ConsumerTest):
         for handle in (None, handler):
             bound = queue.write("old")
             ids = queue.write_many(["a", "b"])
-            watcher = self.move(handle, after=bound, batch_size=1)
-            self.wait_for(lambda: done.count() == 2)
-            ids.append(queue.write("c"))
-            self.wait_for(lambda: done.count() == 3)
-            watcher.stop(DEADLINE_S)
+            with QueueMoveWatcher("q", "done", handle, db=self.path, after=bound, batch_size=1):
+                self.wait_for(lambda: done.count() == 2)
+                ids.append(queue.write("c"))
+                self.wait_for(lambda: done.count() == 3)
             self.assertEqual([(m.id, m.attempt) for m in done.read_many(9)], [(id, 0) for id in ids])
             self.assertEqual(queue.read_many(9), ["old"])
         self.assertEqual((recorder.bodies, counts), (["a", "b", "c"], [(0, 1), (1, 1), (2, 1)]))
 
     def test_what_its_handler_fails_on_is_tried_again_and_then_dead_lettered(self) -> None:
         self.queue().write_many(["bad", "good"])
+        handler = Recorder(*[ValueError()] * 3)
         with self.assertLogs("simplebroker"):
-            watcher = self.move(Recorder(*[ValueError()] * 3), max_attempts=3, backoff=0, drain=True)
-            self.assertEnds(watcher)
+            QueueMoveWatcher("q", "done", handler, db=self.path, max_attempts=3, backoff=0, drain=True).watch()
         self.assertBodies(self.queue("done"), ["good"])
         self.assertBodies(self.queue("q.dead"), ["bad"])
 
