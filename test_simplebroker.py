@@ -600,6 +600,9 @@ class IdsAndTimesTest(StoppedClockTest):
             remove()
             with Broker(self.path, clock=self.clock, settings=Settings(sync_mode="OFF", cache_mb=3)) as broker:
                 self.assertEqual((broker.queue("q").write("y"), broker.delete_all()), (last + 1, 1), remove)
+        b, future = self.broker(clock=self.clock), self.clock.ns + 99 * HOUR_NS
+        b.load([HEADER.replace('"0"', f'"{future}"')])
+        self.assertEqual((b.status()["last_ts"], b.queue("q").write("x")), (future, future + 1))
 
     def test_the_generator_gives_each_id_once_and_in_the_callers_transaction(self) -> None:
         first, generator = self.q.write("x"), TimestampGenerator(self.b.runner, self.clock)
@@ -1915,12 +1918,14 @@ class ConsumerTest(ForkTest):
     def assertSoon(self, since: float, limit: float = SOON_S) -> None:
         self.assertLess(time.monotonic() - since, limit)
 
-    def assertWakes(self, recorder: Recorder, write: Callable[[str], object], limit: float, tries: int = 5) -> None:
-        """What this function writes gets to the handler, which is idle, within that time (the median)."""
+    def assertWakes(
+        self, recorder: Recorder, write: Callable[[str], object], limit: float, tries: int = 3, idle_s: float = 0.01
+    ) -> None:
+        """What this function writes gets to the handler, which is idle for so long, within a time (the median)."""
         broker, times = self.broker(), []
         for _ in range(tries):
             self.wait_for(lambda: not broker.queues(), "the watcher to be idle")
-            self.pause(0.01)
+            self.pause(idle_s)
             count, written = len(recorder.calls), time.monotonic()
             write("x")
             self.assertTrue(recorder.reached(count + 1), "not woken")
@@ -2055,7 +2060,7 @@ class NotifierTest(ConsumerTest):
             for name, write in (("own", own.write), ("other", other.write), ("process", writer.say)):
                 with self.subTest(what, by=name):  # half a second or more: found by looking, or never
                     self.assertWakes(recorder, write, 0.3)
-        self.assertWakes(recorder, writer.say, 0.02, tries=30)  # as polling every 40 ms would take
+        self.assertWakes(recorder, writer.say, 0.02, tries=15, idle_s=0.04)  # as polling every 40 ms would take
 
     def test_who_cannot_be_notified_or_notifies_nobody_is_found_by_looking(self) -> None:
         """Twice a second where inotify works; elsewhere every BROKER_MAX_INTERVAL. Waiters would look once a second."""
@@ -2169,7 +2174,9 @@ class LeasesInFlightTest(ConsumerTest):
         rival = self.start(recorder, db=self.other().broker)
         self.assertIsNone(self.other().lease(wait=1.0))  # more than two leases long
         rival.stop(DEADLINE_S)
+        stopped = time.monotonic()
         watcher.stop(0.05)  # does not wait longer than it is told
+        self.assertSoon(stopped)
         self.assertTrue(watcher.run_in_thread().is_alive())
         go.set()
         self.assertEnds(watcher, SOON_S)
