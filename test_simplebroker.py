@@ -2185,15 +2185,14 @@ class LeasesInFlightTest(ConsumerTest):
 
     def test_batches_grow_while_work_is_fast_and_stay_small_while_it_is_slow_or_heavy(self) -> None:
         sizes: dict[str, list[int]] = {"fast": [], "slow": [], "heavy": []}
-        for name, leased in sizes.items():
-            queue = self.queue(name)
-            queue.write_many(["x" * (600_000 if name == "heavy" else 1)] * (8 if name != "fast" else 100))
 
-            def handler(message: Message, _: int, queue: Queue = queue, leased: list[int] = leased) -> None:
-                leased.append(queue.stats().leased)
-                if message.queue == "slow":
-                    time.sleep(0.11)  # it works
+        def handler(message: Message, timestamp: int) -> None:
+            sizes[message.queue].append(self.queue(message.queue).stats().leased)
+            if message.queue == "slow":
+                time.sleep(0.11)  # it works
 
+        for name in sizes:
+            self.queue(name).write_many(["x" * (600_000 if name == "heavy" else 1)] * (8 if name != "fast" else 100))
             self.drain(handler, name)
         self.assertEqual(sizes["fast"][0], 1)
         self.assertGreaterEqual(max(sizes["fast"]), 4)
@@ -2216,24 +2215,22 @@ class QueueWatcherTest(ConsumerTest):
 
     def test_each_mode_sees_all_messages_in_order_within_its_bound_and_removes_them_at_its_time(self) -> None:
         """Trap 11. Leased: after the handler returned. Read: before. Peek: never. A backlog, and what comes."""
-        totals = {"lease": [3, 2, 1], "read": [2, 1, 0], "peek": [3, 3, 3]}
-        for mode, options in self.MODES.items():
+        recorders = {mode: Recorder() for mode in self.MODES}
+        stored: dict[str, list[int]] = {mode: [] for mode in self.MODES}  # the messages when the handler is called
+
+        def handler(message: Message, timestamp: int) -> None:
+            self.assertEqual(timestamp, message.id)
+            stored[message.queue].append(self.queue(message.queue).stats().total)
+            recorders[message.queue](message, timestamp)
+
+        for mode, expected in (("lease", [5, 4, 3]), ("read", [4, 3, 2]), ("peek", [5, 5, 5])):
             with self.subTest(mode):
-                queue, seen, recorder = self.queue(mode), [], Recorder()
+                queue, recorder = self.queue(mode), recorders[mode]
                 bound = queue.write_many(["old", "bound"])[1]
                 queue.write_many(["a", "b", "c"])
-
-                def handler(
-                    message: Message, timestamp: int, queue: Queue = queue, seen: list[Any] = seen,
-                    recorder: Recorder = recorder,
-                ) -> None:  # fmt: skip
-                    self.assertEqual(timestamp, message.id)
-                    seen.append(queue.stats().total - 2)
-                    recorder(message, timestamp)
-
-                watcher = self.start(handler, mode, after=bound, **options)
+                watcher = self.start(handler, mode, after=bound, **self.MODES[mode])
                 self.assertHandled(recorder, ["a", "b", "c"])
-                self.assertEqual(seen, totals[mode])
+                self.assertEqual(stored[mode], expected)
                 queue.write("d")
                 self.assertHandled(recorder, ["a", "b", "c", "d"])
                 watcher.stop(DEADLINE_S)
@@ -2278,16 +2275,13 @@ class QueueWatcherTest(ConsumerTest):
         }  # fmt: skip
         for verdict, expected in attempts.items():
             with self.subTest(verdict=verdict):
-                queue, recorder, errors = self.queue(f"q{verdict}"), Recorder(TypeError("why")), []
+                queue, recorder, decide = self.queue(f"q{verdict}"), Recorder(TypeError("why")), mock.Mock()
+                decide.return_value = verdict
                 queue.write_many(["a", "b"])
-
-                def decide(*args: Any, verdict: Any = verdict, errors: list[Any] = errors) -> Any:
-                    errors.append(args)
-                    return verdict
-
                 self.drain(recorder, queue.name, error_handler=decide, batch_size=2, backoff=0.01)
                 self.assertEqual(recorder.attempts, expected)
-                self.assertEqual([(str(e), m, ts == m.id) for e, m, ts in errors], [("why", "a", True)])
+                ((error, message, timestamp),) = [call.args for call in decide.mock_calls]
+                self.assertEqual((str(error), message, timestamp), ("why", "a", message.id))
                 left = [("a", 1), ("b", 0)] if verdict is False else []
                 self.assertEqual([(str(message), message.attempt) for message in queue.peek_all()], left)
         handlers: dict[str, Any] = {"default": None, "raises": mock.Mock(side_effect=RuntimeError("second"))}
