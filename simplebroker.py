@@ -990,12 +990,15 @@ class Notifier:
         self.interval_s, self._database, self._data_version = interval_s, database, data_version
         self._inotify: _Inotify | None = None
         self._told = False  # inotify tells of commits
+        self._seen: object = None  # the last data version
+        self._look_at = 0.0  # the monotonic time of the next look at it
         self._begin()
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        # Guards the clients, the thread and its inotify; held only to change them, by anyone.
-        self._guard = threading.Lock()
+        # Guards the clients, the thread and its inotify; held only to change them, by anyone. Re-entrant, as the
+        # finalizer of an iterator that was left may run in the middle of that.
+        self._guard = threading.RLock()
         self._clients: set[Any] = set()
         self._thread: threading.Thread | None = None
 
@@ -1049,29 +1052,40 @@ class Notifier:
             os.close(inotify.fd)
 
     def _serve(self) -> None:
-        seen: object = None
-        look_at, failed = 0.0, False
+        failing: set[Any] = set()
         while self._is_needed():
-            try:
-                self._told = self._inotify is not None and self._inotify.attach()
-                notified = self._sleep()
-                if notified or time.monotonic() >= look_at:
-                    look_at = time.monotonic() + (NOTIFIED_LOOK_S if self._told else self.interval_s)
-                    version = self._data_version()  # before waking: what is committed after it is new again
-                    if notified or version not in (None, seen):
-                        seen = version or seen
-                        self._wake_waiters()
-                        time.sleep(YIELD_S)
-                for client in self._served():
-                    if client.next_at <= time.monotonic():
-                        client.run()
-                failed = False
-            except Exception as error:  # noqa: BLE001 - whatever it is, the waiters look, and it is tried again
-                if not failed:
-                    log_warning("the notifier failed, trying again: %s", error)
-                failed = True
-                self._wake_waiters()
+            if not self._attempt(self, failing):
+                self._wake_waiters()  # they look by themselves
                 time.sleep(SLICE_S)
+            clients = self._served()
+            failing.intersection_update((self, *clients))
+            for client in clients:
+                if client.next_at <= time.monotonic():
+                    self._attempt(client, failing)
+
+    def _attempt(self, client: Any, failing: set[Any]) -> bool:
+        """Call run(); False if it failed, which is logged once, and it is tried again."""
+        try:
+            client.run()
+            failing.discard(client)
+            return True
+        except Exception as error:  # noqa: BLE001 - of a system call, of the database, or of a closed queue
+            if client not in failing:
+                log_warning("the notifier failed, trying again: %s", error)
+            failing.add(client)
+            return False
+
+    def run(self) -> None:
+        """Sleep, and wake the waiters if something was committed meanwhile. The thread calls this."""
+        self._told = self._inotify is not None and self._inotify.attach()
+        notified = self._sleep()
+        if notified or time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + (NOTIFIED_LOOK_S if self._told else self.interval_s)
+            version = self._data_version()  # before waking: what is committed after it is new again
+            if notified or version not in (None, self._seen):
+                self._seen = version or self._seen
+                self._wake_waiters()
+                time.sleep(YIELD_S)
 
     def _is_needed(self) -> bool:
         with self._guard:
@@ -1270,7 +1284,7 @@ _MEANINGS = (
     ("is full", "the disk is full: nothing was changed; free some space and try again"),
     ("readonly", "the database cannot be written: make the file and its directory writable"),
     ("disk I/O", "the file cannot be read or written, perhaps at a limit of its size: nothing was changed"),
-    ("open database", "the database cannot be opened: see that you may read and write it and its directory"),
+    ("open database", "the database cannot be opened: check that you may read and write it and its directory"),
 )
 REOPEN_S = 0.1  # for so long a reader tries again to open a file, as it may just be made or deleted
 _as_text = partial(str, encoding="utf-8", errors="replace")  # rows of other programs need not be UTF-8
@@ -1975,16 +1989,21 @@ class _Snapshot(SQLiteRunner):
     """A second connection inside one read transaction."""
 
     def __enter__(self) -> Run:
-        self._use_current_file()
-        self._execute("BEGIN")
-        self._depth = 1  # so that a fork does not close it
+        def begin(deadline: float) -> None:
+            self._use_current_file()
+            self._execute("BEGIN")
+            self._depth = 1  # so that a fork does not close it
+
+        self._exclusively(begin)  # no fork comes in the middle of a statement
         return self.run
 
     def run(self, sql: str, params: Any = (), *, fetch: bool = False) -> list[Any]:
-        self._check_process()
-        if self._connection is None:
-            self._use_current_file()  # in a forked child: raises, as the connection is the parent's
-        return self._execute(sql, params)
+        def read(deadline: float) -> list[Any]:
+            if self._connection is None:
+                self._use_current_file()  # in a forked child: raises, as the connection is the parent's
+            return self._execute(sql, params)
+
+        return self._exclusively(read)
 
     def __exit__(self, *_: object) -> None:
         self._depth = 0
@@ -2045,6 +2064,16 @@ def _each_runner(act: Callable[[SQLiteRunner], None]) -> None:
             act(runner)
 
 
+def _before_fork() -> None:
+    _shared_guard.acquire()  # one fork at a time, and nobody makes a runner that would be open in the child
+    _each_runner(SQLiteRunner.before_fork)
+
+
+def _after_fork() -> None:
+    _each_runner(SQLiteRunner.after_fork)
+    _shared_guard.release()
+
+
 def _after_fork_in_child() -> None:
     global _shared_guard
     _shared_guard = threading.Lock()  # the parent's may have been held by a thread that the child lacks
@@ -2052,11 +2081,7 @@ def _after_fork_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=partial(_each_runner, SQLiteRunner.before_fork),
-        after_in_parent=partial(_each_runner, SQLiteRunner.after_fork),
-        after_in_child=_after_fork_in_child,
-    )
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 # ---------------------------------------------------------------------------------------------------

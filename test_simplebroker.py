@@ -48,6 +48,7 @@ import unittest
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -2157,13 +2158,21 @@ class NotifierTest(ConsumerTest):
 class LeasesInFlightTest(ConsumerTest):
     """Leases are extended while they are needed, and taken in batches that suit the consumer."""
 
-    def test_leases_are_renewed_while_a_loop_is_slow(self) -> None:
-        queue, other = self.queue(), self.other()
+    def test_leases_are_renewed_while_a_loop_is_slow_and_those_of_closed_queues_fail(self) -> None:
+        queue, other, closed = self.queue(), self.other(), []
+        for name in ("c1", "c2", "c3", "c4", "c5"):
+            with self.queue(name) as left:
+                left.write("left")
+                closed.append(left.read_all(lease=0.4))
+                next(closed[-1])
         queue.write("slow")
-        for message in queue.read_all(lease=0.4):
-            self.assertIsNone(other.lease(wait=1.0))  # more than two leases long
-            self.assertEqual((message, queue.stats().leased), ("slow", 1))
+        with self.assertLogs("simplebroker"):
+            for message in queue.read_all(lease=0.4):
+                self.assertIsNone(other.lease(wait=1.0))  # more than two leases long
+                self.assertEqual((message, queue.stats().leased), ("slow", 1))
         self.assertEqual(queue.stats().total, 0)
+        for iterator in closed:
+            self.assertRaises(UsageError, iterator.close)
 
     def test_a_slow_handler_is_called_once_and_its_watcher_keeps_its_batch_until_it_is_stopped(self) -> None:
         """Then the current message is handled to its end, and the others are given back with no attempt used up."""
@@ -5961,6 +5970,54 @@ class CasesTest(ForkTest):
 
         self.assertEqual(self.child(work).wait(), 0)
         self.assertEqual(len(list(lines)), 100)
+
+    def test_a_fork_waits_for_the_statement_of_a_dump_in_another_thread(self) -> None:
+        """Its connection was closed inside SQLite: the process crashed, or the child hung."""
+        inside, go = threading.Event(), threading.Event()
+
+        class SlowCursor(sqlite3.Cursor):
+            def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+                if sql.startswith(slow):
+                    inside.set()
+                    go.wait(DEADLINE_S)
+                return super().execute(sql, *values)
+
+        class SlowConnection(sqlite3.Connection):
+            def cursor(self) -> sqlite3.Cursor:  # type: ignore[override]
+                return super().cursor(SlowCursor)
+
+        self.queue().write("a")
+        pool = ThreadPoolExecutor(2)
+        self.addCleanup(pool.shutdown)
+        for slow in ("BEGIN", "SELECT queue"):
+            with mock.patch("sqlite3.connect", functools.partial(sqlite3.connect, factory=SlowConnection)):
+                dump = pool.submit(list, self.broker().dump())
+                self.assertTrue(inside.wait(DEADLINE_S))
+            fork = pool.submit(self.child, lambda child: self.assertBodies(self.queue(), ["a"]))
+            with self.assertRaises(FutureTimeout):
+                fork.result(0.3)
+            go.set()
+            self.assertEqual((len(dump.result()), fork.result().wait()), (2, 0))
+            inside.clear()
+            go.clear()
+
+    def test_threads_that_fork_at_once_leave_the_database_free(self) -> None:
+        """Where the busy timeout is shorter than a fork, the mutex was never released."""
+        queue = self.queue(settings=Settings(busy_timeout_ms=0, sync_mode="OFF"))
+        queue.write("a")
+        barrier = threading.Barrier(3)
+
+        def fork(number: int) -> None:
+            barrier.wait(DEADLINE_S)
+            for _ in range(20):
+                self.assertEqual(self.child(lambda child: None).wait(), 0)
+
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-5)
+        with ThreadPoolExecutor(3) as pool:
+            self.assertEqual(list(pool.map(fork, range(3))), [None] * 3)
+        queue.write("b")
+        self.assertBodies(queue, ["a", "b"])
 
     def test_forks_beside_threads_that_open_and_close_brokers_never_hang(self) -> None:
         """The third fault of the trials, trap 18."""
