@@ -684,6 +684,9 @@ class PathsTest(ForkTest):
                     files = [f"{path}{suffix}" for suffix in ("", "-wal", "-shm", ".lock")]
                     self.assertEqual([stat.S_IMODE(os.stat(file).st_mode) for file in files], [0o600] * 4)
             self.assertEqual(stat.S_IMODE((self.dir / "new").stat().st_mode), 0o700)
+            os.chmod(files[-1], 0o777)
+            Queue("q", path).write("x")
+            self.assertEqual(stat.S_IMODE(os.stat(files[-1]).st_mode), 0o777)  # who shares it goes on sharing it
 
         self.unprivileged(work)
 
@@ -886,8 +889,12 @@ class FilesTest(ForkTest):
                     self.assertRaisesRegex(DatabaseError, reason, act)
                 self.assertLess(time.monotonic() - begun, 2)
             self.assertEqual((self.path.read_bytes(), os.listdir(self.dir)), (content, ["test.db"]))
-        for path, words in ((self.dir, "is a directory"), (self.path / "x.db", "directory .*test.db.* cannot be made")):
+        for path, words in (
+            (self.dir, "is a directory"), (Path(os.devnull), "a device"),
+            (self.path / "x.db", "directory .*test.db.* cannot be made"),
+        ):  # fmt: skip
             self.assertRaisesRegex(OperationalError, words, Queue("q", path).write, "x")
+        self.assertFalse(os.path.exists(os.devnull + ".lock"))
 
     def remove(self, *suffixes: str) -> None:
         for suffix in suffixes:
@@ -5989,7 +5996,7 @@ class CasesTest(ForkTest):
         self.queue().write("a")
         pool = ThreadPoolExecutor(2)
         self.addCleanup(pool.shutdown)
-        for slow in ("BEGIN", "SELECT queue"):
+        for slow in ("BEGIN", "SELECT queue"):  # noqa: B007 - the cursor looks at it
             with mock.patch("sqlite3.connect", functools.partial(sqlite3.connect, factory=SlowConnection)):
                 dump = pool.submit(list, self.broker().dump())
                 self.assertTrue(inside.wait(DEADLINE_S))
