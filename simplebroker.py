@@ -1227,6 +1227,10 @@ class SQLRunner:
         """In how many nested transactions this thread is; -1: unknown."""
         return -1
 
+    def is_busy(self) -> bool:
+        """Is this thread in the middle of an operation here? Then a finalizer, which can run anywhere, must wait."""
+        return False
+
     @property
     def notifier(self) -> Notifier:
         """What wakes the waiters of this process. By default they look by themselves, ten times a second."""
@@ -1325,15 +1329,21 @@ class _Request:
 
 
 def _resets(method: F) -> F:
-    """A method of SQLiteRunner after which an interrupt leaves nothing locked; see _reset_after()."""
+    """A method of SQLiteRunner after which an interrupt leaves nothing locked; see _reset_after() and is_busy()."""
 
     @wraps(method)
     def call(self: SQLiteRunner, *args: Any) -> Any:
+        thread = threading.get_ident()
+        outermost = thread not in self._busy
+        self._busy.add(thread)
         try:
             return method(self, *args)
         except BaseException as error:
             self._reset_after(error)
             raise
+        finally:
+            if outermost:
+                self._busy.discard(thread)
 
     return call  # type: ignore[return-value]
 
@@ -1375,6 +1385,8 @@ class SQLiteRunner(SQLRunner):
         self._forking = False  # the mutex is held because of a fork
         self._short_timeout = False  # SQLite's own busy timeout is shortened
         self._hole = False  # a sync failed: the log may have a hole on the disk
+        self._busy: set[int] = set()  # the threads that are in the middle of an operation; each adds and discards itself
+        self._executing = False  # a statement
         # The commit queue: threads that found the mutex taken. The first is the leader, and waits for the mutex.
         self._queue_guard = threading.Lock()  # guards the list; held only to change it, by anyone
         self._queue: list[_Request] = []  # may be looked at without the guard
@@ -1526,6 +1538,10 @@ class SQLiteRunner(SQLRunner):
         """In how many nested transactions this thread is."""
         return self._depth if self._is_inside() else 0
 
+    def is_busy(self) -> bool:
+        """See SQLRunner. (Between the statements of its transaction it is not.)"""
+        return threading.get_ident() in self._busy or (self._executing and self._is_inside())
+
     def _is_inside(self) -> bool:
         return self._owner == threading.get_ident()
 
@@ -1661,10 +1677,8 @@ class SQLiteRunner(SQLRunner):
         self._run_inside(INSERT_NEXT, (now & ~ID_COUNTER_MASK, queue, bodies[0]))
         first = self._cursor.lastrowid or 0
         if len(bodies) > 1:
-            try:
-                self._cursor.executemany(INSERT_READY, ((first + n, queue, body) for n, body in enumerate(bodies) if n))
-            except sqlite3.Error as error:
-                raise self._translated(error) from error
+            rows = ((first + number, queue, body) for number, body in enumerate(bodies) if number)
+            self._execute(INSERT_READY, rows, self._cursor.executemany)
         if held_until is not None:
             self._run_inside(HOLD_WRITTEN, (held_until, first, first + len(bodies)))
         return list(range(first, first + len(bodies)))
@@ -1680,12 +1694,15 @@ class SQLiteRunner(SQLRunner):
             )
         return self._execute(sql, params)
 
-    def _execute(self, sql: str, params: Any = ()) -> list[Any]:
+    def _execute(self, sql: str, params: Any = (), execute: Callable[..., sqlite3.Cursor] | None = None) -> list[Any]:
+        self._executing = True
         try:
             # fetchall() also where there are no rows: it ends the statement, and with it its snapshot.
-            return self._cursor.execute(sql, params).fetchall()
+            return (execute or self._cursor.execute)(sql, params).fetchall()
         except sqlite3.Error as error:
             raise self._translated(error) from error
+        finally:
+            self._executing = False
 
     def _translated(self, error: sqlite3.Error) -> BrokerError:
         text = str(error)
@@ -1706,6 +1723,7 @@ class SQLiteRunner(SQLRunner):
             self._execute(f"PRAGMA busy_timeout = {left_ms if short else self.settings.busy_timeout_ms}")
             self._short_timeout = short
 
+    @_resets
     def _data_version(self) -> object:
         """For the notifier: changes with commits of other connections. None while another thread is inside."""
         if not self._mutex.acquire(blocking=False):
@@ -1912,10 +1930,13 @@ class SQLiteRunner(SQLRunner):
                 return False
             self._lock.acquire(deadline, check=True)
             try:
-                self._disconnect()
-                # Who waits for the lock notices that its file is gone, and makes a new one.
+                if not self._lock.usable:  # as on Windows, where no open file can be removed
+                    self._disconnect()
+                # Else the connection stays open: a reader that closed the last one just now would take the log of the
+                # next file for its own, and remove it. Who waits for the lock notices that its file is gone.
                 for suffix in ("", "-wal", "-shm", "-journal", LOCK_SUFFIX):
                     remove_file(self.path + suffix)
+                self._disconnect()
                 self._lock.close()
                 return True
             except OSError as error:
@@ -2851,10 +2872,11 @@ class LeasesInFlight:
         self.next_at = float("inf")  # monotonic time of the next extension; see Notifier
         self._queue, self._pid = queue, os.getpid()
         # Guards _messages: what is leased and not done. Held only to change or copy it, by anyone.
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         self._messages: dict[int, Message] = {}
         self._size, self._taken_at = 1, 0.0
         self._last: list[Message] = []
+        self._left = False  # by its consumer, in the middle of something else
 
     def __enter__(self) -> LeasesInFlight:
         if not self._lazy:
@@ -2862,6 +2884,9 @@ class LeasesInFlight:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._queue.broker.runner.is_busy():  # this is the finalizer of an iterator: the notifier gives back
+            self._left, self.next_at = True, 0.0
+            return
         self._queue.broker.runner.notifier.remove(self)
         self.nack()
 
@@ -2918,7 +2943,7 @@ class LeasesInFlight:
 
     def release(self, message: Message, *, delay: float | None = None, reason: str | None = None) -> None:
         """Give one back, as Queue.release(); a lost lease is logged."""
-        if self._pid != os.getpid():
+        if self._pid != os.getpid() or self._queue.broker.runner.is_busy():
             return
         self.settle(message, partial(self._queue.release, message, delay=delay, reason=reason))
 
@@ -2949,6 +2974,10 @@ class LeasesInFlight:
 
     def run(self) -> None:
         """Extend what is in flight, in one transaction. The notifier calls this."""
+        if self._left:
+            self.nack()
+            self._queue.broker.runner.notifier.remove(self)
+            return
         with self._guard:
             messages = list(self._messages.values())
 

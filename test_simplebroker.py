@@ -275,6 +275,21 @@ class CoreTest(BrokerTest):
         self.addCleanup(environment.stop)
 
 
+def in_each_statement(act: Callable[[str], object]) -> Any:
+    """Call act(sql) whenever a connection that is opened meanwhile executes a statement."""
+
+    class Cursor(sqlite3.Cursor):
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+            act(sql)
+            return super().execute(sql, *values)
+
+    class Connection(sqlite3.Connection):
+        def cursor(self) -> sqlite3.Cursor:  # type: ignore[override]
+            return super().cursor(Cursor)
+
+    return mock.patch("sqlite3.connect", functools.partial(sqlite3.connect, factory=Connection))
+
+
 class ForkTest(CoreTest):
     """Tests with forked processes, which start in a millisecond."""
 
@@ -5982,31 +5997,51 @@ class CasesTest(ForkTest):
         """Its connection was closed inside SQLite: the process crashed, or the child hung."""
         inside, go = threading.Event(), threading.Event()
 
-        class SlowCursor(sqlite3.Cursor):
-            def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
-                if sql.startswith(slow):
-                    inside.set()
-                    go.wait(DEADLINE_S)
-                return super().execute(sql, *values)
-
-        class SlowConnection(sqlite3.Connection):
-            def cursor(self) -> sqlite3.Cursor:  # type: ignore[override]
-                return super().cursor(SlowCursor)
+        def wait(sql: str) -> None:
+            if sql.startswith(slow):
+                inside.set()
+                go.wait(DEADLINE_S)
 
         self.queue().write("a")
         pool = ThreadPoolExecutor(2)
         self.addCleanup(pool.shutdown)
-        for slow in ("BEGIN", "SELECT queue"):  # noqa: B007 - the cursor looks at it
-            with mock.patch("sqlite3.connect", functools.partial(sqlite3.connect, factory=SlowConnection)):
+        for slow in ("BEGIN", "SELECT queue"):  # noqa: B007 - wait() looks at it
+            with in_each_statement(wait):
                 dump = pool.submit(list, self.broker().dump())
                 self.assertTrue(inside.wait(DEADLINE_S))
-            fork = pool.submit(self.child, lambda child: self.assertBodies(self.queue(), ["a"]))
+            fork = pool.submit(self.child, lambda child: None)
             with self.assertRaises(FutureTimeout):
                 fork.result(0.3)
             go.set()
             self.assertEqual((len(dump.result()), fork.result().wait()), (2, 0))
             inside.clear()
             go.clear()
+
+    def test_an_iterator_that_is_collected_in_the_middle_of_an_operation_gives_back_soon(self) -> None:
+        """PyPy collects anywhere, and so does CPython in a cycle. Threads hung, or met a cursor that was in use."""
+
+        def collect(sql: str) -> None:
+            if cycles and sql.startswith(during):
+                cycles.clear()
+                gc.collect()
+
+        problems, cycles = [], []
+        for during in ("BEGIN", "INSERT", "COMMIT", "SELECT"):  # noqa: B007 - collect() looks at it
+            patches = mock.patch("sys.unraisablehook", problems.append), in_each_statement(collect)
+            with self.subTest(during), patches[0], patches[1], self.broker() as broker:
+                left, queue = broker.queue(f"left.{during}"), broker.queue("q")
+                left.write_many(["a", "b", "c"])
+                iterator = left.read_all()
+                next(iterator)
+                cycles.append([iterator])
+                cycles[0].append(cycles[0])
+                del iterator
+                with broker.transaction() if during == "INSERT" else contextlib.nullcontext():
+                    queue.write("x")
+                    queue.count()
+                self.assertEqual(cycles, [])
+                self.wait_for(lambda: left.count() == 3, "what was left to be given back")
+        self.assertEqual((problems, self.queue().count()), ([], 4))
 
     def test_threads_that_fork_at_once_leave_the_database_free(self) -> None:
         """Where the busy timeout is shorter than a fork, the mutex was never released."""
