@@ -3781,15 +3781,22 @@ class EachCommandTest(CommandTest):
         self.assertRan(self.fork("write", "lines", "--lines", input=b"\n".join(lines)), b"")
         self.assertBodies(self.queue("lines"), [line.decode() for line in lines])
 
-    def test_write_lines_makes_a_message_of_each_line_as_it_comes(self) -> None:
-        queue, child = self.queue(), self.start("write", "q", "--lines", "-t")
-        child.stdin.write(b"first\nsec")
-        child.stdin.flush()
-        first = self.read_line(child.stdout)  # a slow producer: the first is committed, the second unfinished
-        self.assertBodies(queue, ["first"])
-        done = self.finish(child, b"ond\n\ncr\r\nlast")
-        self.assertBodies(queue, ["first", "second", "", "cr\r", "last"])
-        self.assertEqual(first + done.stdout, b"".join(b"%d\n" % message.id for message in queue.peek_all()))
+    def test_write_waits_for_a_slow_producer_and_makes_a_message_of_each_line_as_it_comes(self) -> None:
+        """On an input that does not block, "nothing yet" is not its end."""
+        for option, blocks in ("--lines", True), ("--lines", False), ("-", False):
+            queue, (theirs, ours) = self.queue(f"q{option}{blocks}"), self.ends()
+            os.set_blocking(theirs.fileno(), blocks)
+            child = self.start("write", queue.name, option, "-t", stdin=theirs)
+            ours.write(b"first\nsec")
+            printed = self.read_line(child.stdout) if option == "--lines" else b""
+            self.assertGoesOn(child, 0.1 if blocks else 0.5)
+            self.assertBodies(queue, ["first"] if printed else [])
+            ours.write(b"ond\n\ncr\r\nlast")
+            ours.close()
+            printed += self.finish(child).stdout
+            lines = ["first", "second", "", "cr\r", "last"]
+            self.assertBodies(queue, lines if option == "--lines" else ["\n".join(lines)])
+            self.assertEqual(printed, b"".join(b"%d\n" % message.id for message in queue.peek_all()))
 
     def test_bodies_that_are_too_long_or_not_utf8_are_refused_and_nothing_is_written(self) -> None:
         """Of several lines, those before the bad one are kept."""
@@ -5627,7 +5634,7 @@ class PostgreSQLRoom(PostgreSQLTest):
 # ---------------------------------------------------------------------------------------------------
 
 
-class CasesTest(ForkTest):
+class CasesTest(ConsumerTest):
     """Each names its case, trap or trial."""
 
     def test_where_no_thread_can_be_started_waiters_look_by_themselves_and_the_next_one_tries_again(self) -> None:
@@ -5640,11 +5647,11 @@ class CasesTest(ForkTest):
                 started = time.monotonic()
                 self.assertIsNone(queue.read(wait=0.3))
             self.assertGreaterEqual(time.monotonic() - started, 0.3)
-            before = len(os.listdir("/proc/self/fd")) if ON_LINUX else 0
+            before = len(descriptors())
             for _ in range(20):
                 with self.assertLogs("simplebroker", "WARNING"):
                     queue.read(wait=0.05)
-            self.assertLessEqual(len(os.listdir("/proc/self/fd")) if ON_LINUX else 0, before)
+            self.assertLessEqual(len(descriptors()), before)
         timer = threading.Timer(0.1, queue.write, ["b"])
         timer.start()
         self.assertEqual(queue.read(wait=DEADLINE_S), "b")
@@ -5652,33 +5659,24 @@ class CasesTest(ForkTest):
 
     def test_a_watcher_outlives_a_directory_that_cannot_be_read_for_a_while(self) -> None:
         """Case 4, trap 29."""
-        self.queue().write("a")
-        root = os.geteuid() == 0
-        for path in (self.dir, *self.dir.iterdir()) if root else ():
-            os.chown(path, NOBODY, NOBODY)
 
-        def work(child: Child) -> None:
-            logging.disable(logging.CRITICAL)
-            os.chdir("/")
-            watcher = QueueWatcher("q", lambda message, timestamp: child.say(message), db=self.path)
-            watcher.run_in_thread()
-            child.hear()
-            os.chmod(self.dir, 0)
+        def work() -> None:
+            logging.disable(logging.CRITICAL)  # of this process
+            self.path, recorder = self.dir / "own" / "test.db", Recorder()
+            queue = Queue("q", self.path)
+            queue.write("a")
+            self.start(recorder)
+            self.assertHandled(recorder, ["a"])
+            self.path.parent.chmod(0)
             try:
-                with self.assertRaises(OperationalError):
-                    Queue("q", self.path).write("x")
+                self.assertRaises(OperationalError, queue.write, "x")
                 time.sleep(1.2)  # longer than any look
             finally:
-                os.chmod(self.dir, 0o700)
-            Queue("q", self.path).write("b")
-            child.hear()
+                self.path.parent.chmod(0o700)
+            queue.write("b")
+            self.assertHandled(recorder, ["a", "b"])
 
-        child = self.child(work, NOBODY if root else None)
-        self.assertEqual(child.hear(), "a")
-        child.say()
-        self.assertEqual(child.hear(), "b")
-        child.say()
-        self.assertEqual(child.wait(), 0)
+        self.unprivileged(work)
 
     @unittest.skipUnless(sys.implementation.name == "cpython", "needs CPython: a fork that runs no hooks")
     def test_a_fork_that_runs_no_hooks_is_refused_in_the_child_and_harmless_to_the_parent(self) -> None:
@@ -5749,19 +5747,6 @@ class CasesTest(ForkTest):
         self.assertLess(time.monotonic() - started, 4)  # the busy timeout is 5 s
         self.assertEqual(len(list(lines)), 500)
 
-    def test_a_queue_is_never_its_own_dead_letter_queue(self) -> None:
-        """Case 15, trap 36."""
-        queue = self.queue()
-        queue.write("a")
-        message = queue.lease()
-        assert message is not None
-        for act in (
-            lambda: QueueWatcher(queue, print, dead_letter="q"), lambda: queue.dead_letter(message, "q"),
-            lambda: queue.requeue("q"),
-        ):  # fmt: skip
-            with self.assertRaises(ValueError):
-                act()
-
     @unittest.skipUnless(sys.implementation.name == "cpython", "needs CPython: C code that handles signals")
     def test_signals_that_c_code_handles_are_left_alone_and_ignored_ones_stay_ignored(self) -> None:
         """Case 16."""
@@ -5807,47 +5792,33 @@ class CasesTest(ForkTest):
         self.queue().write("a")
         link = self.dir / "link.db"
         os.link(self.path, link)
-        for path in (self.path, link):
-            with self.assertRaisesRegex(DatabaseError, "hard links"), Broker(path, settings=Settings(cache_mb=7)) as b:
-                b.queue("q").write("b")
+        for queue in (self.other(), Queue("q", link)):
+            self.assertRaisesRegex(DatabaseError, "hard links", queue.write, "b")
         link.unlink()
         self.assertBodies(self.queue(), ["a"])
 
     def test_a_waiter_of_a_custom_runner_is_woken_in_a_forked_child(self) -> None:
         """Case 18."""
         runner = PlainRunner(self.path)
+        self.addCleanup(runner.close)
         broker = Broker(runner=runner)
-        broker.queue("q").count()
-        waiting = threading.Event()
-
-        def wait() -> None:
-            with broker.waiter() as waiter:
-                waiting.set()
-                waiter.wait(1)
-
-        thread = threading.Thread(target=wait)
-        thread.start()
-        waiting.wait(DEADLINE_S)
 
         def work(child: Child) -> None:
             with broker.waiter() as waiter:
-                self.assertTrue(waiter.wait(DEADLINE_S))
+                self.assertTrue(waiter.wait(0.9))  # it would look by itself after a second
 
-        self.assertEqual(self.child(work).wait(), 0)
-        thread.join()
-        runner.close()
+        with broker.waiter():  # the parent's thread runs at the fork
+            self.assertEqual(self.child(work).wait(), 0)
 
     def test_rows_of_other_programs_are_refused_or_read(self) -> None:
         """Case 20."""
         queue = self.queue()
         queue.write("a")
-        connection = sqlite3.connect(str(self.path), isolation_level=None)
-        self.addCleanup(connection.close)
         insert = "INSERT INTO messages (id, queue, body, held_until) VALUES (?, ?, ?, ?)"
         for row in ((5, "q", b"blob", None), (5, "q", "x", "soon"), (0, "q", "x", None), (2**63 - 1, "q", "x", None)):
             with self.assertRaises(sqlite3.IntegrityError, msg=str(row)):
-                connection.execute(insert, row)
-        connection.execute("INSERT INTO messages (id, queue, body) VALUES (5, 'q', CAST(x'61ff62' AS TEXT))")
+                self.sqlite(insert, *row)
+        self.sqlite("INSERT INTO messages (id, queue, body) VALUES (5, 'q', CAST(x'61ff62' AS TEXT))")
         self.assertBodies(queue, ["a\ufffdb", "a"])
         self.assertEqual(queue.read(), "a\ufffdb")
 
@@ -5876,29 +5847,14 @@ class CasesTest(ForkTest):
 
     def test_another_journal_mode_is_set_back_to_the_log(self) -> None:
         """Case 75."""
-        with Broker(self.path) as broker:
-            broker.queue("q").write("a")
-        connection = sqlite3.connect(str(self.path), isolation_level=None)
-        connection.execute("PRAGMA journal_mode = DELETE").fetchall()
-        connection.close()
+        with Queue("q", self.path) as queue:
+            queue.write("a")
+        self.assertEqual(self.sqlite("PRAGMA journal_mode = DELETE"), [("delete",)])
         queue = self.queue(settings=Settings(sync_mode="FULL"))
         self.assertEqual(queue.peek(), "a")
         queue.write("b")
         self.assertBodies(queue, ["a", "b"])
         self.assertTrue(Path(f"{self.path}-wal").exists())
-
-    def test_a_database_of_another_version_is_refused_with_the_remedy_and_left_as_it_was(self) -> None:
-        """The first edition's; case 33 of the command line has other programs."""
-        connection = sqlite3.connect(str(self.path), isolation_level=None)
-        connection.executescript(
-            "CREATE TABLE meta (singleton, version, last_id); INSERT INTO meta VALUES (1, 1, 0);"
-            f"PRAGMA application_id = {simplebroker.APPLICATION_ID}"
-        )
-        connection.close()
-        before = self.path.read_bytes()
-        for act in (self.broker().queues, lambda: self.queue().write("x")):
-            self.assertRaisesRegex(DatabaseError, "version 1.*dump it", act)
-        self.assertEqual((self.path.read_bytes(), os.listdir(self.dir)), (before, ["test.db"]))
 
     def test_a_child_forked_in_a_transaction_leaves_it_to_the_parent_also_at_its_exit(self) -> None:
         """The first fault of the trials. (The transaction is larger than the cache, so part of it is in the log.)"""
@@ -6038,10 +5994,8 @@ class CasesTest(ForkTest):
                 self.assertIn(broker.queue("q").peek(), (None, "a"))
 
 
-class FoundByReading(ForkTest):
-    """Faults of the second edition's first version that its first readers found."""
-
     def test_all_that_is_due_is_moved_however_much_and_in_which_order_it_became_due(self) -> None:
+        """A reader of the second edition found it."""
         clock = Clock()
         broker = self.broker(clock=clock)
         for source, act in (("a", lambda q: q.move_all("b")), ("c.dead", lambda q: broker.queue("c").requeue())):
@@ -6050,30 +6004,6 @@ class FoundByReading(ForkTest):
                 queue.write(f"{number}", until=clock.ns + (1000 - number) * NS)
             clock.ns += 2000 * NS
             self.assertEqual((act(queue), queue.stats().total), (2 * simplebroker.MAX_PROMOTED + 5, 0))
-
-    def test_a_dump_with_a_number_of_attempts_that_cannot_be_counted_on_is_refused(self) -> None:
-        line = '{"type": "message", "queue": "q", "body": "x", "id": "5", "attempt": 9223372036854775807}'
-        self.assertRaisesRegex(UsageError, "line 2: attempt", self.broker().load, [HEADER, line])
-
-    def test_peek_and_standard_input_do_not_wait_or_end_too_early(self) -> None:
-        """A held message is there at once; "nothing yet" on an input that does not block is not its end."""
-        self.queue().write("later", delay=3600)
-        started = time.monotonic()
-        self.assertRan(self.cli("peek", "q", "--held", "--wait", "20"), b"later\n")
-        self.assertLess(time.monotonic() - started, 15)
-        for words in (["-"], ["--lines"]):
-            theirs, ours = os.pipe()
-            os.set_blocking(theirs, False)
-            code = "import sys, simplebroker; sys.exit(simplebroker.main(sys.argv[1:]))"
-            child = self.python(code, "-f", "test.db", "write", f"in{words[0]}", *words, stdin=theirs)
-            os.write(ours, b"first\n")
-            self.assertRaises(subprocess.TimeoutExpired, child.wait, 0.5)
-            os.write(ours, b"second")
-            os.close(theirs)
-            os.close(ours)
-            self.assertEqual(child.wait(DEADLINE_S), 0)
-            expected = ["first\nsecond"] if words == ["-"] else ["first", "second"]
-            self.assertBodies(self.queue(f"in{words[0]}"), expected)
 
 
 # ---------------------------------------------------------------------------------------------------
