@@ -3827,15 +3827,21 @@ class EachCommandTest(CommandTest):
             self.assertLines(*((f"{line} {options}", expected) for line in ("peek q", "move q moved", "read moved")))
 
     def test_peek_held_shows_every_message_and_its_state(self) -> None:
-        """Never its lease; what is leased cannot be moved (the rest is in QueueContract)."""
-        queue, late = self.queue("q", ["ready", "leased"]), 2_000_000_000_000_000_000
-        leased = queue.lease(3600, message_id=queue.peek_many(2)[1].id)
+        """Never its lease. What is held is neither read nor moved, also by its id."""
+        queue, late = self.queue(), 2_000_000_000_000_000_000
+        ids = self.ids("q", ["ready", "leased"])
+        queue.lease(3600, message_id=ids[1])
         queue.write("delayed", until=late)
-        self.assertLines(("peek q --all --held", b"ready\nleased\ndelayed\n"), (f"move q r -m {leased.id}", 2))
+        queue.release(queue.lease(60, message_id=queue.write("failed")), delay=3600, reason="exit status 3")
+        self.assertLines(("peek q --all --held", b"ready\nleased\ndelayed\nfailed\n"))
         shown = [json.loads(line) for line in self.cli("peek", "q", "--all", "--held", "--json").stdout.splitlines()]
-        self.assertEqual([each["state"] for each in shown], ["ready", "leased", "delayed"])
+        self.assertEqual(
+            [(each["state"], each["attempt"], each.get("reason"), "lease" in each) for each in shown],
+            [("ready", 0, None, False), ("leased", 1, None, False), ("delayed", 0, None, False),
+             ("delayed", 1, "exit status 3", False)],
+        )  # fmt: skip
         self.assertEqual((shown[0]["due"], len(shown[1]["due"]), shown[2]["due"]), (None, 19, str(late)))
-        self.assertEqual([name in shown[1] for name in ("lease", "reason")], [False, False])
+        self.assertLines((f"read q -m {ids[1]}", 2), (f"move q r -m {ids[1]}", 2), (f"peek q -m {ids[1]}", b"leased\n"))
 
     def test_read_peek_and_lease_wait_for_a_message_that_matches(self) -> None:
         (old,) = self.ids("q", ["old"])
@@ -4373,24 +4379,17 @@ class SignalTest(CommandTest):
         """What is ready in a queue."""
         return [str(message) for message in self.queue(name).peek_all()]
 
-    def test_read_all_into_a_file_at_random_moments(self) -> None:
-        """(case 32, trap 37)"""
-        self.at_random_moments("read q --all", None, lambda done: done.stdout.decode().split())
-
-    def test_watch_at_random_moments(self) -> None:
-        self.at_random_moments("watch q", 0, lambda done: done.stdout.decode().split())
-
-    def test_work_at_random_moments(self) -> None:
-        line = "work q -j 4 sh -c 'read -r body; echo $body >>log'"
-        self.at_random_moments(line, 0, lambda done: (self.dir / "log").read_text().split())
-
-    def test_move_all_at_random_moments(self) -> None:
+    def test_what_takes_messages_at_random_moments(self) -> None:
+        """(case 32, trap 37: ``read --all`` into a file)"""
+        printed = lambda done: done.stdout.decode().split()  # noqa: E731
+        work = "work q -j 4 sh -c 'read -r body; echo $body >>log'"
+        self.at_random_moments("read q --all", None, printed)
+        self.at_random_moments("watch q", 0, printed)
+        self.at_random_moments(work, 0, lambda done: (self.dir / "log").read_text().split())
         self.at_random_moments("move q r --all", None, lambda done: self.left("r"))
 
-    def test_write_lines_at_random_moments(self) -> None:
+    def test_what_writes_messages_at_random_moments(self) -> None:
         self.at_random_moments("write q --lines", None, lambda done: self.left(), self.LINES)
-
-    def test_load_at_random_moments(self) -> None:
         line = '{{"type": "message", "queue": "q", "body": "x", "id": "{}"}}'
         dump = [HEADER, *(line.format(1_700_000_000_000_000_000 + number) for number in range(8000))]
         self.at_random_moments("load", None, lambda done: {0: [], 8000: dump}[self.queue().count()], dump)
@@ -4429,8 +4428,7 @@ class ReadmeTest(CommandTest):
         parts = re.split(r"^\$ (.*)\n", transcript, flags=re.MULTILINE)[1:]
         self.assertGreater(len(parts), 8)
         script = "exec 2>&1\n" + "".join(f"{line}\necho ----\n" for line in parts[::2])
-        child = subprocess.Popen(["bash", "-c", script], cwd=self.dir, env=self.environ, stdout=subprocess.PIPE)
-        printed = self.finish(child).stdout.decode().split("----\n")[:-1]
+        printed = self.shell(script).stdout.decode().split("----\n")[:-1]
         for command, shown, expected in zip(parts[::2], printed, parts[1::2]):
             with self.subTest(command=command):
                 self.assertEqual(*(re.sub(r"\d{19}", "ID", text) for text in (shown, expected)))
