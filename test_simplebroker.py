@@ -5708,22 +5708,21 @@ class CasesTest(ConsumerTest):
         self.assertEqual(len(list(lines)), 500)
 
     @unittest.skipUnless(sys.implementation.name == "cpython", "needs CPython: C code that handles signals")
-    def test_signals_that_c_code_handles_are_left_alone_and_ignored_ones_stay_ignored(self) -> None:
+    def test_a_signal_that_c_code_handles_is_left_alone(self) -> None:
         """Case 16."""
         code = """
             import ctypes, signal, sys
             from simplebroker import QueueWatcher
             libc = ctypes.CDLL(None)
             libc.signal(signal.SIGTERM, libc.abs)  # any function of C
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            signal.getsignal(signal.SIGTERM)
+            del sys.modules["signal"], sys.modules["_signal"]  # Python looks only when it imports them (not in 3.9)
             watcher = QueueWatcher("q", lambda m, ts: watcher.request_stop(), db=sys.argv[1])
             watcher.queue.write("a")
             watcher.watch()
-            print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
+            print("watched")
         """
         child = self.python(code, str(self.path))
-        self.assertEqual(child.communicate(timeout=DEADLINE_S)[0], b"True\n")
+        self.assertEqual(child.communicate(timeout=DEADLINE_S)[0], b"watched\n")
 
     @unittest.skipUnless(sys.implementation.name == "cpython", "needs CPython: subinterpreters")
     def test_a_subinterpreter_that_may_start_no_thread_waits_by_looking(self) -> None:
