@@ -3627,7 +3627,7 @@ class CommandTest(BrokerTest):
 
 
 class CommandLineCasesTest(CommandTest):
-    """CASES.md 30 to 47. (32, 36, 38, 39 and 46 are below.)"""
+    """CASES.md 30 to 47. (32, 36, 38, 39, 44 and 46 are with the commands, their grammar and signals.)"""
 
     def test_a_message_that_looks_like_options_and_one_that_is_missing_are_refused_with_the_remedy(self) -> None:
         """(cases 30 and 31, trap 38)"""
@@ -3757,8 +3757,8 @@ class CommandLineCasesTest(CommandTest):
         for options in (f"-m {first} --all", "-n 1 --all", f"-m {first} -n 1"):
             self.assertLines(*((f"{line} {options}", options[:2]) for line in ("read q", "peek q", "move q r")))
         self.assertLines((f"-d {self.dir} -f {self.path} read q --message {second}", b"b\n"), ("list -p q*", b"q: 1\n"))
-        self.assertLines((f"peek q --since {first}", 2), ("peek q --since 1s", b"a\n"), "--cleanup", "--cleanup")
-        self.assertLines("--vacuum")
+        self.assertLines((f"peek q --since {first}", 2), ("peek q --since 1s", b"a\n"))
+        self.assertLines("--cleanup", "--cleanup", "--vacuum")
         self.assertEqual(os.listdir(self.dir), [])
 
 
@@ -3846,9 +3846,8 @@ class EachCommandTest(CommandTest):
     def test_read_peek_and_lease_wait_for_a_message_that_matches(self) -> None:
         (old,) = self.ids("q", ["old"])
         self.queue("r").write("held", delay=3600)
-        # There is one already (case 44: and it is not the queue that is a time).
-        self.assertLines(*((f"peek {words}", b"old\n") for words in ("q --wait", "--wait q")))
-        self.assertLines(("peek r --held --wait", b"held\n"))
+        # None of these waits, as there is a message. What follows --wait is no time, but the queue (case 44).
+        self.assertLines(("peek q --wait", b"old\n"), ("peek --wait q", b"old\n"), ("peek r --held --wait", b"held\n"))
         self.assertLines(*((f"{verb} q --wait 50ms --after {old}", 2) for verb in ("read", "peek")))
         for line in (f"peek q --wait 25 --json --after {old}", "read q --wait -n 5 --json", "lease q --wait"):
             child = self.start(*line.split())
@@ -4186,6 +4185,7 @@ class ConsumerCommandsTest(CommandTest):
         self.assertBodies(self.queue("done"), ["1", "3"])
 
     def test_the_command_gets_what_read_prints_and_the_environment_and_its_success_acknowledges(self) -> None:
+        """(case 36: a line has its newline, so that a loop of ``read`` sees it)"""
         bodies = ["no newline", "newline\n", "", "nul\0 é \r\n", "--help"]
         script = 'printf "%s %s %s:" "$BROKER_QUEUE" "$BROKER_MESSAGE_ID" "$BROKER_ATTEMPT"; cat'
         for options, ending in (["--drain"], "\n"), (["--drain", "--exact"], ""):
