@@ -3685,16 +3685,15 @@ class CommandLineCasesTest(CommandTest):
     def test_the_command_of_work_finds_the_same_database(self) -> None:
         """(case 37)"""
         (self.dir / "x" / "below").mkdir(parents=True)
-        del self.environ["BROKER_DEFAULT_DB_NAME"]
-        self.environ["BROKER_PROJECT_SCOPE"] = "1"
+        self.environ.update(BROKER_DEFAULT_DB_NAME="case37.db", BROKER_PROJECT_SCOPE="1")
         names = "$BROKER_DEFAULT_DB_LOCATION $BROKER_DEFAULT_DB_NAME $BROKER_PROJECT_SCOPE"
-        self.assertLines("-d x write p 1")
+        self.assertLines("-d x -f p.db write p 1", ("read p", "broker init"))  # there is no case37.db here or above
         script = f'cd /; broker write o "{names}"'
-        self.assertRan(self.fork("-d", "x", "work", "p", "--drain", "--", "sh", "-c", script), b"")
-        self.assertLines(("read o", "broker init"))  # there is none here or above
+        self.assertRan(self.fork("-d", "x", "-f", "p.db", "work", "p", "--drain", "--", "sh", "-c", script), b"")
         self.assertEqual(os.listdir(self.dir), ["x"])
+        self.environ["BROKER_DEFAULT_DB_NAME"] = "p.db"
         self.dir = self.dir / "x" / "below"
-        self.assertLines(("read o --all", f"{self.dir.parent} .broker.db 0\n".encode()))
+        self.assertLines(("read o --all", f"{self.dir.parent} p.db 0\n".encode()))
 
     def test_the_last_number_of_a_progress_is_what_was_written(self) -> None:
         """(case 40, trap 40)"""
