@@ -1382,11 +1382,10 @@ class SQLiteRunner(SQLRunner):
         self._depth = self._owner = 0  # nested transactions, and the thread that is in them. May be read by anyone.
         self._notify = False  # the transaction has made something deliverable
         self._changes = 0  # total_changes of the connection when the transaction began
-        self._forking = False  # the mutex is held because of a fork
+        self._forking = 0  # the thread that holds the mutex because it forks
         self._short_timeout = False  # SQLite's own busy timeout is shortened
         self._hole = False  # a sync failed: the log may have a hole on the disk
-        self._busy: set[int] = set()  # the threads that are in the middle of an operation; each adds and discards itself
-        self._executing = False  # a statement
+        self._busy: set[int] = set()  # threads in the middle of an operation; each adds and discards itself
         # The commit queue: threads that found the mutex taken. The first is the leader, and waits for the mutex.
         self._queue_guard = threading.Lock()  # guards the list; held only to change it, by anyone
         self._queue: list[_Request] = []  # may be looked at without the guard
@@ -1539,8 +1538,8 @@ class SQLiteRunner(SQLRunner):
         return self._depth if self._is_inside() else 0
 
     def is_busy(self) -> bool:
-        """See SQLRunner. (Between the statements of its transaction it is not.)"""
-        return threading.get_ident() in self._busy or (self._executing and self._is_inside())
+        """See SQLRunner. (In its own transaction it is not.)"""
+        return threading.get_ident() in self._busy
 
     def _is_inside(self) -> bool:
         return self._owner == threading.get_ident()
@@ -1674,17 +1673,22 @@ class SQLiteRunner(SQLRunner):
     def insert(self, queue: str, bodies: Sequence[str], held_until: int | None, now: int) -> list[int]:
         """See SQLRunner. The first row takes its id by itself, the others follow."""
         self._notify = True
-        self._run_inside(INSERT_NEXT, (now & ~ID_COUNTER_MASK, queue, bodies[0]))
-        first = self._cursor.lastrowid or 0
+        cursor = self._inside().cursor()
+        self._execute(INSERT_NEXT, (now & ~ID_COUNTER_MASK, queue, bodies[0]), cursor.execute)
+        first = cursor.lastrowid or 0
         if len(bodies) > 1:
             rows = ((first + number, queue, body) for number, body in enumerate(bodies) if number)
-            self._execute(INSERT_READY, rows, self._cursor.executemany)
+            self._execute(INSERT_READY, rows, cursor.executemany)
         if held_until is not None:
             self._run_inside(HOLD_WRITTEN, (held_until, first, first + len(bodies)))
         return list(range(first, first + len(bodies)))
 
     def _run_inside(self, sql: str, params: Any = ()) -> list[Any]:
         """Execute a statement of this thread's transaction."""
+        return self._execute(sql, params, self._inside().execute)
+
+    def _inside(self) -> sqlite3.Connection:
+        """The connection, which is in a transaction of this thread; else OperationalError."""
         if not self._is_inside():
             raise OperationalError("this thread has no open transaction (a forked child does not inherit one)")
         if self._connection is None or not self._connection.in_transaction:
@@ -1692,17 +1696,15 @@ class SQLiteRunner(SQLRunner):
                 f"{self.path!r}: the transaction is gone: SQLite rolled it back after an error, such as a full disk;"
                 " nothing was changed"
             )
-        return self._execute(sql, params)
+        return self._connection
 
     def _execute(self, sql: str, params: Any = (), execute: Callable[..., sqlite3.Cursor] | None = None) -> list[Any]:
-        self._executing = True
+        """Execute a statement with a cursor of its own: a signal handler may execute another in the middle of it."""
         try:
             # fetchall() also where there are no rows: it ends the statement, and with it its snapshot.
-            return (execute or self._cursor.execute)(sql, params).fetchall()
+            return (execute or self._connection.execute)(sql, params).fetchall()  # type: ignore[union-attr]
         except sqlite3.Error as error:
             raise self._translated(error) from error
-        finally:
-            self._executing = False
 
     def _translated(self, error: sqlite3.Error) -> BrokerError:
         text = str(error)
@@ -1774,8 +1776,7 @@ class SQLiteRunner(SQLRunner):
             if identity is None or not self._open_file(write):
                 # Stand in for a file that is not there, or just being made: reading finds nothing, and makes nothing.
                 self._disconnect()
-                connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-                self._connection, self._cursor = connection, connection.cursor()
+                self._connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
                 for statement in SCHEMA:
                     self._execute(statement)
                 return
@@ -1810,13 +1811,12 @@ class SQLiteRunner(SQLRunner):
         uri = f"file:{path}?mode=rw" if os.sep == "/" else f"file:/{path}?mode=rw".replace("\\", "/")
         settings = self.settings
         try:
-            connection = sqlite3.connect(
+            self._connection = sqlite3.connect(
                 uri, uri=True, timeout=self._timeout_s, isolation_level=None, check_same_thread=False
             )
         except sqlite3.Error as error:
             raise self._translated(error) from error
-        connection.text_factory = _as_text
-        self._connection, self._cursor = connection, connection.cursor()
+        self._connection.text_factory = _as_text
         self._execute("PRAGMA trusted_schema = OFF")
         self._execute(f"PRAGMA synchronous = {'NORMAL' if self._syncs else settings.sync_mode}")
         self._execute(f"PRAGMA cache_size = {-1024 * settings.cache_mb}")
@@ -1909,7 +1909,6 @@ class SQLiteRunner(SQLRunner):
         connection, self._connection, self._log, self._identity = self._connection, None, None, None
         self._writable = self._short_timeout = False
         if connection is not None:
-            self._cursor.close()  # else its statement would keep the connection open, and the transaction
             connection.close()
 
     def close(self) -> None:
@@ -1976,14 +1975,14 @@ class SQLiteRunner(SQLRunner):
         inherits it would read and write without locks. Impossible during a transaction or a dump."""
         self._check_process()
         if self._owner != threading.get_ident() and self._mutex.acquire(timeout=self._timeout_s):
-            self._forking = True
+            self._forking = threading.get_ident()
             if not self._depth:
                 self._disconnect()
 
     def after_fork(self) -> None:
         """In the parent: go on."""
-        if self._forking:
-            self._forking = False
+        if self._forking == threading.get_ident():
+            self._forking = 0
             self._mutex.release()
 
     def _check_process(self) -> None:
@@ -1993,7 +1992,7 @@ class SQLiteRunner(SQLRunner):
         if self._connection is not None:
             # Freeing it, even at the end of the interpreter, would roll back the parent's transaction, in memory that
             # both share: keep a reference that nobody gives back.
-            _inherited.append((self._connection, self._cursor))
+            _inherited.append(self._connection)
             try:
                 import ctypes
 
@@ -2031,13 +2030,14 @@ class _Snapshot(SQLiteRunner):
         self.close()
 
 
-_inherited: list[tuple[sqlite3.Connection, sqlite3.Cursor]] = []  # connections that are the parent's
+_inherited: list[sqlite3.Connection] = []  # those that are the parent's
 _refused: set[str] = set()  # the databases that those have open
 # All of this process, for fork. A WeakSet fails when a thread adds to it, or PyPy collects, while it is listed;
 # listing, adding to and taking from a dict are one step each.
 _runners: dict[weakref.ref[SQLiteRunner], None] = {}
 _shared: dict[tuple[Any, ...], tuple[SQLRunner, int]] = {}  # those that brokers share, and how many do
-_shared_guard = threading.Lock()  # guards _shared; also held while a runner is made, so that there is one
+# Guards _shared; also held while a runner is made, so that there is one. Re-entrant, as a finalizer may close a queue.
+_shared_guard = threading.RLock()
 
 
 def share_runner(path: str, settings: Settings) -> SQLRunner:
@@ -2071,10 +2071,11 @@ def _open_runner(path: str, settings: Settings) -> SQLRunner:
 def return_runner(path: str, settings: Settings) -> None:
     """End one use of a shared runner; the last one closes it."""
     with _shared_guard:
-        runner, users = _shared.pop((path, settings))
+        runner, users = _shared[path, settings]
         if users > 1:
             _shared[path, settings] = runner, users - 1
             return
+        del _shared[path, settings]
     runner.close()
 
 
@@ -2085,24 +2086,18 @@ def _each_runner(act: Callable[[SQLiteRunner], None]) -> None:
             act(runner)
 
 
-def _before_fork() -> None:
-    _shared_guard.acquire()  # one fork at a time, and nobody makes a runner that would be open in the child
-    _each_runner(SQLiteRunner.before_fork)
-
-
-def _after_fork() -> None:
-    _each_runner(SQLiteRunner.after_fork)
-    _shared_guard.release()
-
-
 def _after_fork_in_child() -> None:
     global _shared_guard
-    _shared_guard = threading.Lock()  # the parent's may have been held by a thread that the child lacks
+    _shared_guard = threading.RLock()  # the parent's may have been held by a thread that the child lacks
     _each_runner(SQLiteRunner._check_process)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
+    os.register_at_fork(
+        before=partial(_each_runner, SQLiteRunner.before_fork),
+        after_in_parent=partial(_each_runner, SQLiteRunner.after_fork),
+        after_in_child=_after_fork_in_child,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2159,9 +2154,9 @@ class Broker:
 
     def close(self) -> None:
         """Close it; the connection is closed with its last user. Closing twice is allowed."""
-        if not self._closed and self._shared_path:
+        closed, self._closed = self._closed, True
+        if not closed and self._shared_path:
             return_runner(self._shared_path, self.settings)
-        self._closed = True
 
     @property
     def path(self) -> str:
@@ -2336,7 +2331,8 @@ class Broker:
             run(RECORD_LAST_ID, (last,))
             return count
 
-        return self.transact(load)
+        with self.transaction() as run:  # in this thread, to which the lines may belong
+            return load(run)
 
 
 def shown_id(id: int) -> str:

@@ -276,16 +276,23 @@ class CoreTest(BrokerTest):
 
 
 def in_each_statement(act: Callable[[str], object]) -> Any:
-    """Call act(sql) whenever a connection that is opened meanwhile executes a statement."""
+    """Call act(sql) in the middle of each statement of the connections that are opened meanwhile."""
 
     class Cursor(sqlite3.Cursor):
         def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
-            act(sql)
+            self.sql = sql
             return super().execute(sql, *values)
+
+        def fetchall(self) -> list[Any]:
+            act(self.sql)
+            return super().fetchall()
 
     class Connection(sqlite3.Connection):
         def cursor(self) -> sqlite3.Cursor:  # type: ignore[override]
             return super().cursor(Cursor)
+
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+            return self.cursor().execute(sql, *values)
 
     return mock.patch("sqlite3.connect", functools.partial(sqlite3.connect, factory=Connection))
 
@@ -1530,6 +1537,22 @@ class DumpAndLoad(StoppedClockTest):
             self.assertEqual(self.b.load(lines), 2)
         self.assertRegex("".join(log.output), r"\A[^\n]*alias 'short'[^\n]*\Z")
         self.assertEqual([m.id for m in self.q.peek_all()], [1837025672140161024, 1837025672140161025])
+
+    def test_lines_are_read_by_the_thread_that_loads_them_also_beside_writers(self) -> None:
+        """They may belong to a thread, or take its locks."""
+
+        def lines() -> Iterator[str]:
+            threads.append(threading.get_ident())
+            yield HEADER
+
+        broker, threads = self.broker(), []
+        with ThreadPoolExecutor(9) as pool, broker.transaction():
+            for number in range(8):
+                pool.submit(broker.queue("q").write, str(number))
+            self.pause(0.05)  # they wait for the transaction, and share the next
+            loading = pool.submit(lambda: (broker.load(lines()), threads.append(threading.get_ident())))
+            self.pause(0.05)
+        self.assertEqual((loading.result()[0], len(threads), len(set(threads))), (0, 2, 1))
 
     def test_a_bad_line_is_named_shortly_and_nothing_is_loaded(self) -> None:
         """Case 19: errors are short, whatever the line; ids lie before the year 2200."""
@@ -5878,6 +5901,7 @@ class CasesTest(ConsumerTest):
             if cycles and sql.startswith(during):
                 cycles.clear()
                 gc.collect()
+                _ = during == "SELECT" and left.count()  # as a signal handler may do
 
         problems, cycles = [], []
         for during in ("BEGIN", "INSERT", "COMMIT", "SELECT"):  # noqa: B007 - collect() looks at it
@@ -5892,10 +5916,10 @@ class CasesTest(ConsumerTest):
                 del iterator
                 with broker.transaction() if during == "INSERT" else contextlib.nullcontext():
                     queue.write("x")
-                    queue.count()
+                    self.assertEqual(queue.read(), "x")
                 self.assertEqual(cycles, [])
                 self.wait_for(lambda: left.count() == 3, "what was left to be given back")
-        self.assertEqual((problems, self.queue().count()), ([], 4))
+        self.assertEqual(problems, [])
 
     def test_threads_that_fork_at_once_leave_the_database_free(self) -> None:
         """Where the busy timeout is shorter than a fork, the mutex was never released."""
