@@ -1549,9 +1549,9 @@ class DumpAndLoad(StoppedClockTest):
         with ThreadPoolExecutor(9) as pool, broker.transaction():
             for number in range(8):
                 pool.submit(broker.queue("q").write, str(number))
-            self.pause(0.05)  # they wait for the transaction, and share the next
+            time.sleep(0.05)  # they wait for the transaction, and share the next
             loading = pool.submit(lambda: (broker.load(lines()), threads.append(threading.get_ident())))
-            self.pause(0.05)
+            time.sleep(0.05)
         self.assertEqual((loading.result()[0], len(threads), len(set(threads))), (0, 2, 1))
 
     def test_a_bad_line_is_named_shortly_and_nothing_is_loaded(self) -> None:
