@@ -782,9 +782,12 @@ LOCK_CHECK_S = 0.1  # how often the file is compared with its path
 
 
 def file_identity(path: str) -> tuple[int, int] | None:
-    """Device and inode of the file that a path names; None if there is none. OperationalError if that is unknown."""
+    """Device and inode of the file that a path names; None if there is none. OperationalError if that is unknown.
+
+    Of a link they are its own: whoever moved the file and left a link there moved it away from its log.
+    """
     try:
-        found = os.stat(path)
+        found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -996,10 +999,10 @@ class Notifier:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        # Guards the clients, the thread and its inotify; held only to change them, by anyone. Re-entrant, as the
-        # finalizer of an iterator that was left may run in the middle of that.
-        self._guard = threading.RLock()
-        self._clients: set[Any] = set()
+        # Guards the thread and its inotify; held only to change them, by anyone.
+        self._guard = threading.Lock()
+        # Adding, taking and listing are one step each: a finalizer may take a client in the middle of anything.
+        self._clients: dict[Any, None] = {}
         self._thread: threading.Thread | None = None
 
     def add(self, client: Any) -> None:
@@ -1010,8 +1013,8 @@ class Notifier:
         if self._pid != os.getpid():  # a forked child: thread and clients are the parent's
             self._close_inotify()
             self._begin()
+        self._clients[client] = None
         with self._guard:
-            self._clients.add(client)
             if self._thread is None:
                 self._start()
 
@@ -1034,8 +1037,7 @@ class Notifier:
     def remove(self, client: Any) -> None:
         """Serve it no longer."""
         if self._pid == os.getpid():
-            with self._guard:
-                self._clients.discard(client)
+            self._clients.pop(client, None)
 
     def is_running(self) -> bool:
         """Does the thread run? Else waiters have to look by themselves."""
@@ -1057,7 +1059,7 @@ class Notifier:
             if not self._attempt(self, failing):
                 self._wake_waiters()  # they look by themselves
                 time.sleep(SLICE_S)
-            clients = self._served()
+            clients = list(self._clients)
             failing.intersection_update((self, *clients))
             for client in clients:
                 if client.next_at <= time.monotonic():
@@ -1099,19 +1101,15 @@ class Notifier:
 
     def _sleep(self) -> bool:
         """Sleep until something is written (True) or wants to be done, but not for long: clients come and go."""
-        next_at = min((client.next_at for client in self._served()), default=0.0)
+        next_at = min((client.next_at for client in list(self._clients)), default=0.0)
         pause = max(0.0, min(SLICE_S, self.interval_s, next_at - time.monotonic()))
         if self._told and self._inotify is not None:
             return self._inotify.sleep(pause)
         time.sleep(pause)
         return False
 
-    def _served(self) -> list[Any]:
-        with self._guard:
-            return list(self._clients)
-
     def _wake_waiters(self) -> None:
-        for client in self._served():
+        for client in list(self._clients):
             if isinstance(client, Waiter):
                 client.wake()
 
@@ -1295,7 +1293,7 @@ _as_text = partial(str, encoding="utf-8", errors="replace")  # rows of other pro
 
 
 class _Log:
-    """A descriptor of the -wal file. Who syncs keeps a reference, so that it stays open while the runner closes.
+    """A descriptor of the -wal file, for one sync: the kernel reports an error once to each who has opened the file.
 
     (Closing it drops none of SQLite's locks: those are on the database and the -shm file.)
     """
@@ -1310,10 +1308,10 @@ class _Log:
 class _Request:
     """What one thread wants done in a transaction, and what came of it."""
 
-    __slots__ = ("done", "durable", "error", "function", "result", "wake")
+    __slots__ = ("done", "durable", "error", "function", "result", "thread", "wake")
 
     def __init__(self, function: Callable[[Run], Any], durable: bool) -> None:
-        self.function, self.durable = function, durable
+        self.function, self.durable, self.thread = function, durable, threading.get_ident()
         self.done = False
         self.result: Any = None
         self.error: BaseException | None = None
@@ -1335,15 +1333,16 @@ def _resets(method: F) -> F:
     def call(self: SQLiteRunner, *args: Any) -> Any:
         thread = threading.get_ident()
         outermost = thread not in self._busy
-        self._busy.add(thread)
         try:
-            return method(self, *args)
+            self._busy.add(thread)
+            try:
+                return method(self, *args)
+            finally:
+                if outermost:
+                    self._busy.discard(thread)
         except BaseException as error:
             self._reset_after(error)
             raise
-        finally:
-            if outermost:
-                self._busy.discard(thread)
 
     return call  # type: ignore[return-value]
 
@@ -1352,7 +1351,8 @@ class SQLiteRunner(SQLRunner):
     """The runner for SQLite files: one connection, for all threads of the process.
 
     ``path`` is made by the first write; until then, reading finds nothing. The file is the one that the
-    path names at that moment: when it is deleted or replaced, the next call opens the new one.
+    path names at that moment: when it is deleted or replaced, the next call opens the new one. (Links are
+    resolved once, when the runner is made.)
     Transactions of one thread nest (savepoints). After fork, parent and child have connections of their own.
     """
 
@@ -1367,7 +1367,6 @@ class SQLiteRunner(SQLRunner):
         self._lock = WriterLock(self.path)
         self._notifier = Notifier(settings.max_interval_s, self.path, self._data_version)
         self._connection: sqlite3.Connection | None = None
-        self._log: _Log | None = None
         self._begin_anew()
         _runners[weakref.ref(self, _runners.pop)] = None
 
@@ -1401,6 +1400,8 @@ class SQLiteRunner(SQLRunner):
         self._check_process()
         if self._is_inside():
             return super().transact(function)
+        if self.is_busy():
+            raise OperationalError("this thread is in the middle of something here: do not write in signal handlers")
         request = _Request(function, durable)
         self._stand_in_line(request)
         if request.error is not None:
@@ -1558,10 +1559,9 @@ class SQLiteRunner(SQLRunner):
         try:
             if self._connection is None:
                 self._use_current_file()  # refuses a foreign file before a lock file is put beside it
-            waited = self._lock.acquire(deadline)
+            self._lock.acquire(deadline)
             self._use_current_file(deadline)
-            if waited or self._short_timeout:
-                self._share_timeout(deadline)
+            self._share_timeout(deadline)
             if self._hole:
                 self._close_hole()
             self._execute("BEGIN IMMEDIATE")
@@ -1574,9 +1574,9 @@ class SQLiteRunner(SQLRunner):
     @_resets
     def _commit(self, durable: bool) -> str | None:
         """Commit, notify, let the next writer in, and sync with nothing held. Return what is wrong with the sync."""
+        changed = self._inside().total_changes != self._changes
+        log = self._open_log() if durable and changed and self._syncs else None
         self._run_inside("COMMIT")
-        changed = self._connection.total_changes != self._changes  # type: ignore[union-attr]
-        log = self._log if durable and changed else None
         if self._notify:
             self._lock.notify()
             self._notifier.notify()
@@ -1599,9 +1599,15 @@ class SQLiteRunner(SQLRunner):
         self._lock.release()
         self._mutex.release()
 
+    def _open_log(self) -> _Log:
+        try:
+            return _Log(os.open(self.path + "-wal", os.O_RDONLY))
+        except OSError as error:
+            raise OperationalError(f"cannot open the log of {self.path!r}: {error.strerror}") from error
+
     def _sync(self, log: _Log) -> str | None:
         """Sync the log, with no lock held; return what is wrong. It undoes nothing: others have built on the commit."""
-        problem: object = "a sync of another thread failed"  # the kernel reports an error of a file only once
+        problem: object = "a sync of another thread failed"
         try:
             os.fdatasync(log.fd)
         except OSError as error:
@@ -1620,7 +1626,13 @@ class SQLiteRunner(SQLRunner):
     def _reset_after(self, error: BaseException) -> None:
         """KeyboardInterrupt and its kind can arrive between any two bytecodes, so nothing is known about the
         connection: close it (SQLite rolls back), and drop every lock that this thread has, whatever the depth."""
-        if isinstance(error, Exception) or not self._mutex.acquire(blocking=False):
+        if isinstance(error, Exception):
+            return
+        self._busy.discard(threading.get_ident())
+        for request in list(self._queue):
+            if request.thread == threading.get_ident():  # a second interrupt kept it in the queue
+                self._leave_line(request)
+        if not self._mutex.acquire(blocking=False):
             return  # another thread has the mutex, so this one holds nothing
         try:
             self._depth = self._owner = 0
@@ -1785,11 +1797,6 @@ class SQLiteRunner(SQLRunner):
             self._identity = identity
         if write:
             self._use_wal()
-            self._execute(SELECT_VERSION)  # makes the log, if it was not there
-            try:
-                self._log = _Log(os.open(self.path + "-wal", os.O_RDONLY)) if self._syncs else None
-            except OSError as error:
-                raise OperationalError(f"cannot open the log of {self.path!r}: {error.strerror}") from error
             self._writable = True
 
     def _open_file(self, write: bool) -> bool:
@@ -1800,11 +1807,11 @@ class SQLiteRunner(SQLRunner):
                 " the fork, fork between transactions, or start processes with spawn or exec"
             )
         try:
-            found = os.stat(self.path)
+            found = os.lstat(self.path)
         except OSError as error:
             raise OperationalError(f"cannot look at {self.path!r}, try again: {error.strerror}") from error
         if not stat.S_ISREG(found.st_mode):
-            raise OperationalError(f"{self.path!r} is a directory or a device: give a file")
+            raise OperationalError(f"{self.path!r} is a directory, a device, or was made a link: give a file")
         if found.st_nlink > 1:
             raise DatabaseError(f"{self.path!r} has {found.st_nlink} hard links, each with a log of its own: keep one")
         path = self.path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
@@ -1906,7 +1913,7 @@ class SQLiteRunner(SQLRunner):
             raise OperationalError(f"{self.path!r} stays in journal mode {mode}: close what uses it, and try again")
 
     def _disconnect(self) -> None:
-        connection, self._connection, self._log, self._identity = self._connection, None, None, None
+        connection, self._connection, self._identity = self._connection, None, None
         self._writable = self._short_timeout = False
         if connection is not None:
             connection.close()
@@ -1927,8 +1934,8 @@ class SQLiteRunner(SQLRunner):
             self._use_current_file()  # refuses what is not ours
             if self._identity is None:
                 return False
-            self._lock.acquire(deadline, check=True)
             try:
+                self._lock.acquire(deadline, check=True)
                 if not self._lock.usable:  # as on Windows, where no open file can be removed
                     self._disconnect()
                 # Else the connection stays open: a reader that closed the last one just now would take the log of the
@@ -1952,8 +1959,8 @@ class SQLiteRunner(SQLRunner):
             self._use_current_file()
             if self._identity is None:
                 return
-            self._lock.acquire(deadline)
             try:
+                self._lock.acquire(deadline)
                 self._use_current_file(deadline)
                 self._execute(VACUUM)
                 self._short_timeout = True  # the next transaction sets it back
@@ -2000,7 +2007,7 @@ class SQLiteRunner(SQLRunner):
             except (ImportError, AttributeError):  # PyPy frees nothing when it ends
                 pass
             _refused.add(self.path)
-        self._connection = self._log = None
+        self._connection = None
         self._lock.close()
         self._begin_anew()
 
@@ -2193,7 +2200,7 @@ class Broker:
         """``with broker.transaction() as run:`` one write transaction; ``run(sql, params, fetch=)``.
 
         What the thread does inside with queues of the same database belongs to it: all or nothing. (With
-        a custom runner only if that lets transactions nest.)
+        a custom runner only if that lets transactions nest.) Enter and leave it in the same thread.
         Blocks up to BROKER_BUSY_TIMEOUT, then OperationalError. Keep it short: all other writers wait.
         """
         return Transaction(self.prepared())
@@ -2530,7 +2537,8 @@ class Queue:
                     try:
                         yield message
                     except BaseException:  # the loop was left: this message was seen, the rest of the batch not
-                        leases.release(message)
+                        if not self.broker.runner.is_busy():
+                            leases.release(message)
                         raise
                     leases.ack(message)
 
@@ -2939,7 +2947,7 @@ class LeasesInFlight:
 
     def release(self, message: Message, *, delay: float | None = None, reason: str | None = None) -> None:
         """Give one back, as Queue.release(); a lost lease is logged."""
-        if self._pid != os.getpid() or self._queue.broker.runner.is_busy():
+        if self._pid != os.getpid():
             return
         self.settle(message, partial(self._queue.release, message, delay=delay, reason=reason))
 
