@@ -1596,8 +1596,10 @@ class SQLiteRunner(SQLRunner):
 
     def _give_up_locks(self) -> None:
         self._depth = self._owner = 0
-        self._lock.release()
-        self._mutex.release()
+        try:
+            self._lock.release()
+        finally:
+            self._mutex.release()
 
     def _open_log(self) -> _Log:
         try:
@@ -2087,10 +2089,13 @@ def return_runner(path: str, settings: Settings) -> None:
 
 
 def _each_runner(act: Callable[[SQLiteRunner], None]) -> None:
-    for reference in list(_runners):
-        runner = reference()
-        if runner is not None:
-            act(runner)
+    done: set[weakref.ref[SQLiteRunner]] = set()
+    while new := set(_runners) - done:  # others make some while before_fork() waits
+        for reference in new:
+            runner = reference()
+            if runner is not None:
+                act(runner)
+        done |= new
 
 
 def _after_fork_in_child() -> None:
