@@ -4226,12 +4226,10 @@ COMMANDS: dict[str, tuple[Callable[[Options], int | None], str, str, str]] = {
     "load": (run_load, "", "", "read what dump printed; all or nothing"),
     "init": (run_init, "", "", "create the database here"),
     "help": (run_help, "[COMMAND]", "", "print this, or the help of a command"),
-}
-ACTIONS: dict[str, tuple[Callable[[Options], int | None], str]] = {
-    "status": (run_status, "print numbers of the whole database (--json)"),
-    "vacuum": (run_vacuum, "give unused space back to the file system"),
-    "cleanup": (run_cleanup, "delete the database and the files that belong to it"),
-    "version": (lambda options: print(f"simplebroker {__version__}"), "print the version"),
+    "--status": (run_status, "", "json", "print numbers of the whole database (--json)"),
+    "--vacuum": (run_vacuum, "", "", "give unused space back to the file system"),
+    "--cleanup": (run_cleanup, "", "", "delete the database and the files that belong to it"),
+    "--version": (lambda o: print(f"simplebroker {__version__}"), "", "", "print the version"),
 }
 # What those answer that would make a database, or need one, where there is none. Others look only, or wait.
 WITHOUT_DATABASE = {
@@ -4250,13 +4248,9 @@ def parse_arguments(argv: Sequence[str]) -> Options:
             raise UsageError(_unknown(options.name))
     if place is None or any(map(_is_option, rest)):  # argparse takes half the time of a start
         rest = _parse_options(options, rest)
-    actions = [name for name in ACTIONS if getattr(options, name)]
-    if len(actions) > 1:
-        raise UsageError(f"--{actions[0]} stands alone: no other action goes with it")
-    if not actions and not options.name:
+    if place is None:
         raise UsageError("no command; see broker --help")
-    options.run, spec = (ACTIONS[actions[0]][0], "") if actions else COMMANDS[options.name][:2]
-    options.name = options.name or f"--{actions[0]}"
+    options.run, spec, *_ = COMMANDS[options.name]
     options.operands = [*rest, *literal]
     _check_operands(options, spec)
     return options
@@ -4271,7 +4265,7 @@ def _split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str], int | Non
     for index, word in enumerate(argv):
         if word == "--":
             return argv[:index], argv[index + 1 :], places[0] if places else None
-        if is_value or _is_option(word):
+        if is_value or (_is_option(word) and (places or word not in COMMANDS)):
             is_value = not is_value and word in valued
             continue
         places.append(index)
@@ -4287,35 +4281,28 @@ def _is_option(word: str) -> bool:
 def _unknown(name: str) -> str:
     import difflib
 
-    close = difflib.get_close_matches(name[:40], [*COMMANDS, *(f"--{action}" for action in ACTIONS)], 1)
+    close = difflib.get_close_matches(name[:40], COMMANDS, 1)
     return f"unknown command {shown(name)}{f': did you mean {close[0]!r}?' if close else ''}; see broker --help"
 
 
 def _parse_options(options: Options, words: list[str]) -> list[str]:
     """Set what the options say; return the operands."""
-    help = f"broker {options.name} --help".replace("  ", " ")
-    _place_wait(words)
-    names = (*COMMANDS[options.name][2].split(), *GLOBAL_OPTIONS) if options.name else (*GLOBAL_OPTIONS, "json")
+    names = [*(COMMANDS[options.name][2].split() if options.name else ()), *GLOBAL_OPTIONS]
+    parser = _make_parser(options.name, names)
+    help = f"see {parser.prog} --help"
     known = {flag for name in names for flag in OPTIONS[name][0].split()} | {"-h"}
     # Their text may begin with "-": argparse would read -hello as -h and others.
     for word in words if options.name in ("write", "broadcast") else ():
         if _is_option(word) and word[:2] != "--" and word not in known:
-            raise UsageError(f"{shown(word)} is no option: if it is text, write '--' before it; see {help}")
-    _, operands = _make_parser(options.name, names).parse_known_args(words, options)
-    for name in names:
-        value, (flags, _, rule, _) = getattr(options, name), OPTIONS[name]
-        try:
-            if isinstance(value, list) and (not value or [] in value):  # from argparse before Python 3.13
-                raise ValueError("'--' cannot be its value")
-            if isinstance(value, str):
-                setattr(options, name, rule(value))
-        except ValueError as error:
-            said = {word.partition("=")[0] for word in words}
-            flag = next((flag for flag in flags.split() if flag in said), flags.split()[-1])
-            raise UsageError(f"{flag}: {error}; see {help}") from None
+            raise UsageError(f"{shown(word)} is no option: if it is text, write '--' before it; {help}")
+    _place_wait(words)
+    _, operands = parser.parse_known_args(words, options)
+    for value in vars(options).values():
+        if isinstance(value, list) and (not value or [] in value):  # from argparse before Python 3.13
+            raise UsageError(f"'--' cannot be the value of an option; {help}")
     for word in operands:
         if _is_option(word):
-            raise UsageError(f"unknown option {shown(word)}: if it is text, write '--' before it; see {help}")
+            raise UsageError(f"unknown option {shown(word)}: if it is text, write '--' before it; {help}")
     return operands
 
 
@@ -4349,7 +4336,7 @@ def _check_operands(options: Options, spec: str) -> None:
 
 
 def _make_parser(name: str, names: Iterable[str]) -> argparse.ArgumentParser:
-    """The parser of the options of a command; without one, that of the actions."""
+    """The parser of the options of a command; without a name, the one that tells of all commands."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -4358,6 +4345,12 @@ def _make_parser(name: str, names: Iterable[str]) -> argparse.ArgumentParser:
 
         def print_help(self, file: Any = None) -> None:
             print(self.format_help(), end="")  # the one of argparse hides that standard output is closed or full
+
+    def value_of(rule: Callable[[str], object], text: str) -> object:
+        try:
+            return rule(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     usage, text = "broker [-d DIR] [-f FILE] [-q] COMMAND ...", "A durable message queue in one file.\n\ncommands:\n"
     text += "".join(f"  {command:12} {row[3]}\n" for command, row in COMMANDS.items())
@@ -4369,17 +4362,15 @@ def _make_parser(name: str, names: Iterable[str]) -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
     )  # fmt: skip
     for option in names:
-        flags, metavar, _, about = OPTIONS[option]
+        flags, metavar, rule, about = OPTIONS[option]
         more: dict[str, Any] = {"action": "store_true"}
         if metavar:
-            more = {"metavar": metavar}
+            more = {"metavar": metavar.strip("[]"), "type": partial(value_of, rule)}
         if metavar[:1] == "[":
-            more.update(nargs="?", const=float("inf"), metavar=metavar[1:-1])
+            more.update(nargs="?", const=float("inf"))
         if metavar[-3:] == "...":
             more["action"] = "append"
         parser.add_argument(*flags.split(), dest=option, help=about, **more)
-    for action, (_, text) in () if name else ACTIONS.items():
-        parser.add_argument(f"--{action}", action="store_true", help=text)
     return parser
 
 
