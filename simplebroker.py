@@ -3356,7 +3356,7 @@ class StopSignals:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Command line: a command takes parsed options, prints, and returns an exit status (None: done).
+# Command line: a command takes parsed options, prints, and returns whether it found something (None: done).
 # ---------------------------------------------------------------------------------------------------
 
 DONE, ERROR, NOTHING = 0, 1, 2
@@ -3539,7 +3539,7 @@ class Progress:
 class Options:
     """What the command line said. What it did not say is None, unless it is named here."""
 
-    run: Callable[[Options], int | None]
+    run: Callable[[Options], object]
     operands: list[str]
     name = ""  # of the command
     opened: Broker | None = None
@@ -3567,6 +3567,10 @@ class Options:
     def range(self) -> tuple[int, int]:
         """The bounds that -m, --after and --before mean together."""
         return id_range(self.id, self.after, self.before)
+
+    def wait_for(self, act: Callable[[], T]) -> T:
+        """What act() returns; with --wait it is called when there may be something, until it finds some."""
+        return self.queue().wait_for(act, self.wait, *self.range())
 
     def filters(self) -> dict[str, int | None]:
         """-m, --after and --before, for a call."""
@@ -3673,24 +3677,14 @@ def write_lines(queue: Queue, options: Options, output: Output | None) -> None:
             count += len(ids)
 
 
-def when_pending(queue: Queue, options: Options, act: Callable[[], int]) -> int:
-    """Return what act() returns; with --wait it is called when there may be something, until there is."""
-
-    def found() -> list[int]:
-        status = act()
-        return [] if status == NOTHING else [status]
-
-    return (*queue.wait_for(found, options.wait, *options.range()), NOTHING)[0]
+def run_read(options: Options) -> int:
+    return options.wait_for(partial(read_messages, options, Output()))
 
 
-def run_read(options: Options) -> int | None:
-    queue, output = options.queue(), Output()
-    return when_pending(queue, options, partial(read_messages, queue, options, output))
-
-
-def read_messages(queue: Queue, options: Options, output: Output) -> int:
-    """Print and remove what is there. After a signal, what was delivered is removed and the rest is given back."""
-    (low, high), limit, count = options.range(), options.limit(), 0
+def read_messages(options: Options, output: Output) -> int:
+    """Print and remove what is there; return how many. After a signal, what was delivered is removed and the rest is
+    given back."""
+    queue, (low, high), limit, count = options.queue(), options.range(), options.limit(), 0
     signals: list[int] = []  # those that told us to stop
     output.stopped = lambda: signals
     progress = Progress("messages read", options, wanted=options.all and output.is_file)
@@ -3708,8 +3702,8 @@ def read_messages(queue: Queue, options: Options, output: Output) -> int:
         if not signals:
             raise
     if signals:
-        return 128 + signals[0]
-    return DONE if count else NOTHING
+        raise SystemExit(128 + signals[0])
+    return count
 
 
 def deliver(leases: LeasesInFlight, batch: list[Message], output: Output, options: Options, *, more: bool) -> int:
@@ -3732,7 +3726,7 @@ def deliver(leases: LeasesInFlight, batch: list[Message], output: Output, option
     return delivered
 
 
-def run_peek(options: Options) -> int | None:
+def run_peek(options: Options) -> int:
     queue, limit, output, held = options.queue(), options.limit(), Output(), bool(options.held)
     low, high = options.range()
 
@@ -3742,36 +3736,33 @@ def run_peek(options: Options) -> int | None:
             found = [queue.peek(message_id=options.id, after=low, before=high)]
         elif limit is not None:
             found = queue.peek_many(limit, after=low, before=high, held=held)
-        return DONE if output.print(options.format(message) for message in found if message is not None) else NOTHING
+        return output.print(options.format(message) for message in found if message is not None)
 
-    return when_pending(queue, options, peek)
+    return options.wait_for(peek)
 
 
-def run_move(options: Options) -> int | None:
+def run_move(options: Options) -> int:
     queue, dest, limit, output = options.queue(), options.operands[1], options.limit(), Output()
-    (low, high), status = options.range(), NOTHING
+    (low, high), count = options.range(), 0
     with Progress("messages moved", options, wanted=options.all) as progress:
         if limit is None:
             batches = queue.move_batches(dest, low, high)
         else:
             batches = iter([queue.move_many(dest, limit, after=low, before=high)])
         while batch := progress.count(partial(next, batches, [])):
-            status = DONE
+            count += len(batch)
             output.print(map(options.format, () if options.quiet else batch))
-    return status
+    return count
 
 
-def run_requeue(options: Options) -> int | None:
+def run_requeue(options: Options) -> int:
     queue, output = options.queue(), Output()
     queue.check_dead_letter(options.source)
     if not queue.broker.exists():
-        return NOTHING
+        return 0
     count = queue.requeue(options.source, options.number, **options.filters())
-    return DONE if count and output.print([b"%d\n" % count]) else NOTHING
-
-
-def run_rename(options: Options) -> int | None:
-    return DONE if options.broker().rename(*options.operands) else NOTHING
+    output.print([b"%d\n" % count] * (count > 0))
+    return count
 
 
 def run_release(options: Options) -> None:
@@ -3782,22 +3773,22 @@ def run_dead_letter(options: Options) -> None:
     options.queue().dead_letter(options.lease(), options.dest, reason=options.reason)
 
 
-def run_lease(options: Options) -> int | None:
+def run_lease(options: Options) -> list[Message]:
     queue, output = options.queue(), Output()
 
-    def lease() -> int:
+    def lease() -> list[Message]:
         with LeasesInFlight(queue, options.lease_s, lazy=True) as leases:
-            for message in leases.take(1, *options.range()):
+            found = leases.take(1, *options.range())
+            for message in found:
                 line = json_line(message, attempt=message.attempt, lease=f"{shown_id(message.id)}.{message.lease}")
                 output.print([line.encode() + b"\n"])
                 leases.done(message)  # it is the reader's now
-                return DONE
-        return NOTHING
+            return found
 
-    return when_pending(queue, options, lease)
+    return options.wait_for(lease)
 
 
-def run_list(options: Options) -> int | None:
+def run_list(options: Options) -> bool:
     import json
 
     queues, output, lines = options.broker().queues(options.pattern), Output(), []
@@ -3810,7 +3801,7 @@ def run_list(options: Options) -> int | None:
         elif options.stats:
             line += f" ({stats.total} total, {stats.leased} leased, {stats.delayed} delayed)"
         lines.append(line.encode() + b"\n")
-    return DONE if output.print(lines) or options.pattern is None else NOTHING
+    return bool(output.print(lines)) or options.pattern is None
 
 
 TOP_TITLES = ("queue", "ready", "leased", "delayed", "change/s", "oldest", "")
@@ -3879,17 +3870,14 @@ def shown_age(seconds: float) -> str:
     return f"{max(0.0, seconds):.0f}s"
 
 
-def run_delete(options: Options) -> int | None:
-    count = options.broker().delete_all() if options.all else options.queue().delete(**options.filters())
-    return DONE if count else NOTHING
+def run_delete(options: Options) -> int:
+    return options.broker().delete_all() if options.all else options.queue().delete(**options.filters())
 
 
-def run_broadcast(options: Options) -> int | None:
+def run_broadcast(options: Options) -> object:
     broker = options.broker()
     text = message_text(options.operands[0], broker.settings)
-    if not options.queues and not broker.exists():
-        return NOTHING
-    return DONE if broker.broadcast(text, options.pattern, options.queues) else NOTHING
+    return (options.queues or broker.exists()) and broker.broadcast(text, options.pattern, options.queues)
 
 
 def run_dump(options: Options) -> None:
@@ -4031,7 +4019,7 @@ class Job:
         for watcher in self._watchers:
             watcher.turns = turns
 
-    def run(self) -> int:
+    def run(self) -> None:
         """Work until told to stop, or until nothing is left to do."""
         with StopSignals(self._stop):
             threads: list[threading.Thread] = []
@@ -4049,7 +4037,6 @@ class Job:
         buried = sum(watcher.dead_lettered for watcher in self._watchers)
         if buried and not self._signals and (self._options.drain or self._options.number):
             raise BrokerError(f"messages that were dead-lettered: {buried}")
-        return DONE
 
     def _stop(self, number: int) -> None:
         """Told to stop: once, the commands that run are finished; again, they are ended."""
@@ -4118,14 +4105,14 @@ class Job:
         return None
 
 
-def run_work(options: Options) -> int | None:
+def run_work(options: Options) -> None:
     import shutil
 
     command = options.operands[1]
     if shutil.which(command) is None:
         why = "command not found" if shutil.which(command, os.F_OK) is None else "permission denied"
         raise OperationalError(f"cannot start {shown(command)}: {why}; nothing was taken")
-    return Job(options).run()
+    Job(options).run()
 
 
 def run_status(options: Options) -> None:
@@ -4204,12 +4191,12 @@ _TAKE = "all number id after before json stamps"
 _WORK = "jobs number timeout exact lease_s max_attempts dest backoff drain"
 
 # The commands: what runs them, operands, options, help.
-COMMANDS: dict[str, tuple[Callable[[Options], int | None], str, str, str]] = {
+COMMANDS: dict[str, tuple[Callable[[Options], object], str, str, str]] = {
     "write": (run_write, "QUEUE [MESSAGE|-]", "delay lines stamps json", "append a message (none or -: from stdin)"),
     "read": (run_read, "QUEUE", _TAKE + " wait", "print and remove messages"),
     "peek": (run_peek, "QUEUE", _TAKE + " wait held", "print messages"),
     "move": (run_move, "SOURCE DEST", _TAKE, "move messages to another queue and print them (not with -q)"),
-    "rename": (run_rename, "OLD NEW", "", "give all messages of a queue to another name"),
+    "rename": (lambda o: o.broker().rename(*o.operands), "OLD NEW", "", "give all messages of a queue to another name"),
     "requeue": (run_requeue, "QUEUE", "source number id after before", "move dead letters back; print how many"),
     "lease": (run_lease, "QUEUE", "lease_s wait id after before", "hide a message from others; print it and its lease"),
     "ack": (lambda o: o.queue().ack(o.lease()), "QUEUE LEASE", "", "acknowledge: remove a leased message"),
@@ -4396,8 +4383,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = ERROR
     except KeyboardInterrupt:
         status = 128 + 2  # as shells report SIGINT
-    except SystemExit:  # argparse, after --help
-        status = DONE
+    except SystemExit as end:  # after --help, or a signal
+        status = int(end.code or DONE)
     return flushed(status)
 
 
@@ -4433,7 +4420,8 @@ def run_command(argv: Sequence[str]) -> int:
     try:
         status = WITHOUT_DATABASE.get(options.name)
         if status is None or options.broker().exists():
-            return options.run(options) or DONE
+            found = options.run(options)
+            return DONE if found is None or found else NOTHING
         if status == ERROR or options.name == "--status":
             complain(f"{'error: ' * (status == ERROR)}there is no database {options.broker().path!r}")
         return status
