@@ -3381,8 +3381,9 @@ class Output:
     ``read --all | head -20`` removes 20.
     """
 
-    LAST_WAIT_S = 1.0  # that the last message, and after a signal any, may be in the pipe: who reads may await our end
-    UNTOUCHED_S = 5.0  # a pipe that nobody read from at all for so long is written like a file
+    # A pipe that nobody has read from for so long is written like a file: its reader may await our end. After a signal
+    # no reader is awaited for longer.
+    PATIENCE_S = 2.0
 
     def __init__(self) -> None:
         if sys.stdout is None:
@@ -3392,81 +3393,55 @@ class Output:
         self._fd = sys.stdout.fileno() if mode else -1
         self.is_file = stat.S_ISREG(mode) or not mode or fcntl is None  # never full for a while
         self._is_pipe = stat.S_ISFIFO(mode) and sys.platform == "linux"
-        self._unsent: list[bytes] = []
-        self._size = self._written = 0
-        self._stop_at = float("inf")
-        self.stopped: Callable[[], object] = bool  # is it time to end?
-        self.when_slow: Callable[[], object] = bool  # called when the reader takes its time
+        self._unsent = bytearray()
+        self._written, self._flushed_at = 0, 0.0
+        self.waiting: Callable[[], object] = bool  # called while a reader takes its time; true when it is time to end
 
     def write(self, data: bytes) -> None:
         """Write now or later; flush() makes sure."""
-        self._unsent.append(data)
-        self._size += len(data)
-        if self._size > FLUSH_BYTES:
+        self._unsent += data
+        if len(self._unsent) > FLUSH_BYTES:
             self.flush()
 
     def flush(self) -> None:
         """Write everything; BrokenPipeError if nobody reads any more, InterruptedError when stopped meanwhile."""
         import select
 
-        data = memoryview(b"".join(self._unsent))
-        self._unsent.clear()
-        self._written += self._size
-        self._size = 0
+        data, self._unsent = memoryview(self._unsent), bytearray()
+        self._written += len(data)
+        self._flushed_at = time.monotonic()
         if self._fd < 0:
-            buffer: Any = getattr(sys.stdout, "buffer", None)
-            if buffer is None:
-                sys.stdout.write(str(data, errors="replace"))
-            else:
-                buffer.write(data)
+            sys.stdout.write(str(data, errors="replace"))
             return
         while data:
             try:
-                if self.is_file or self._sleep(FAST_BATCH_S, select.POLLOUT):
-                    data = data[os.write(self._fd, data if self.is_file else data[:PIPE_BYTES]) :]
-                else:
-                    self.when_slow()
+                if self.is_file or self._poll(select.POLLOUT, FAST_BATCH_S):
+                    data = data[os.write(self._fd, data[:PIPE_BYTES]) :]
             except BlockingIOError:  # non-blocking, and another writer was faster
                 pass
 
-    def print(self, lines: Iterable[bytes], progress: Progress | None = None) -> int:
+    def print(self, lines: Iterable[bytes]) -> int:
         """Write and flush lines; return how many."""
         count = 0
         try:
             for line in lines:
                 self.write(line)
                 count += 1
-                if progress is not None:
-                    progress.add(1)
-        finally:  # so that the progress is true at Ctrl-C too
+        finally:  # so that a progress that was shown is true at Ctrl-C too
             self.flush()
         return count
 
-    def deliver(self, data: bytes, *, last: bool) -> None:
+    def deliver(self, data: bytes) -> None:
         """Write, and block until the reader of a pipe has all of it; BrokenPipeError if it has gone before."""
         self.print([data])
-        untouched = self._unread() >= self._written
-        patience_s = self.LAST_WAIT_S if last else self.UNTOUCHED_S if untouched else float("inf")
-        if not self.wait_until_read(patience_s) and not last:
-            self._is_pipe = False
-
-    def wait_until_read(self, patience_s: float = float("inf")) -> bool:
-        """Block until nothing is left in the pipe; False after so many seconds."""
-        import select
-
-        began, tries = time.monotonic(), 0
-        while self._unread():
-            tries += 1
-            if tries < 50:  # most readers are quick
+        while unread := self._unread():
+            waited_s = time.monotonic() - self._flushed_at
+            if unread >= self._written and waited_s > self.PATIENCE_S:
+                self._is_pipe = False
+            elif waited_s < 0.001:  # most readers are quick
                 os.sched_yield()
-            elif self._sleep(min(0.01, (tries - 50) / 1000), 0) & select.POLLERR and self._unread():
+            elif self._poll(0, min(0.01, waited_s)) and self._unread():
                 raise BrokenPipeError("nobody reads the output")
-            waited = time.monotonic() - began
-            if waited > FAST_BATCH_S:
-                self.when_slow()
-            if waited > patience_s:
-                return False
-        return True
 
     def _unread(self) -> int:
         """How many bytes are in the pipe."""
@@ -3476,18 +3451,17 @@ class Output:
 
         return int.from_bytes(fcntl.ioctl(self._fd, termios.FIONREAD, b"\0\0\0\0"), sys.byteorder)
 
-    def _sleep(self, seconds: float, events: int) -> int:
-        """Sleep until an event, or for so long; InterruptedError soon after it was time to end."""
+    def _poll(self, events: int, seconds: float) -> int:
+        """Wait that long for an event, and return it; InterruptedError when stopped meanwhile."""
         import select
 
         poll = select.poll()
         poll.register(self._fd, events)
-        found = poll.poll(1000 * seconds)
-        if self.stopped():
-            self._stop_at = min(self._stop_at, time.monotonic() + self.LAST_WAIT_S)
-            if time.monotonic() >= self._stop_at:
-                raise InterruptedError("stopped before the output was read")
-        return found[0][1] if found else 0
+        for _, event in poll.poll(1000 * seconds):
+            return event
+        if self.waiting() and time.monotonic() - self._flushed_at > self.PATIENCE_S:
+            raise InterruptedError("stopped before the output was read")
+        return 0
 
 
 class Progress:
@@ -3515,6 +3489,12 @@ class Progress:
             self._next_at = time.monotonic() + 0.2
             self._shown = True
             self._show("")
+
+    def counted(self, lines: Iterable[T]) -> Iterator[T]:
+        """The lines, each of which is counted when the next one is asked for."""
+        for line in lines:
+            yield line
+            self.add(1)
 
     def count(self, act: Callable[[], list[T]]) -> list[T]:
         """Call what commits a batch, and count it. When that is shown, signals wait until both are done."""
@@ -3682,45 +3662,43 @@ def run_read(options: Options) -> int:
 
 
 def read_messages(options: Options, output: Output) -> int:
-    """Print and remove what is there; return how many. After a signal, what was delivered is removed and the rest is
+    """Print and remove what is there; return how many. After a signal, what was delivered is removed, and the rest is
     given back."""
     queue, (low, high), limit, count = options.queue(), options.range(), options.limit(), 0
     signals: list[int] = []  # those that told us to stop
-    output.stopped = lambda: signals
     progress = Progress("messages read", options, wanted=options.all and output.is_file)
-    try:
-        with progress, StopSignals(signals.append), LeasesInFlight(queue, lazy=True) as leases:
-            output.when_slow = leases.keep_alive
-            while not signals and (limit is None or count < limit):
-                batch = leases.take(limit and min(limit - count, MAX_BATCH), low, high)
-                if not batch:
-                    break
-                count += len(batch)
-                more = output.is_file or (count != limit and queue.look(low, high)[0])
-                progress.add(deliver(leases, batch, output, options, more=more))
-    except (InterruptedError, BrokenPipeError):
-        if not signals:
-            raise
+    with progress, StopSignals(signals.append), LeasesInFlight(queue, lazy=True) as leases:
+
+        def waiting() -> list[int]:
+            leases.keep_alive()
+            return signals
+
+        output.waiting = waiting
+        while not signals and count != limit:
+            batch = leases.take(limit and min(limit - count, MAX_BATCH), low, high)
+            if not batch:
+                break
+            count += len(batch)
+            progress.add(deliver(leases, batch, output, options, signals))
     if signals:
         raise SystemExit(128 + signals[0])
     return count
 
 
-def deliver(leases: LeasesInFlight, batch: list[Message], output: Output, options: Options, *, more: bool) -> int:
-    """Print leased messages and acknowledge those that were delivered; return how many. ``more`` will follow."""
-    written = delivered = 0
+def deliver(
+    leases: LeasesInFlight, batch: list[Message], output: Output, options: Options, signals: list[int]
+) -> int:
+    """Print leased messages until a signal comes, acknowledge those that were delivered, and return how many."""
+    delivered = 0
     try:
         for message in batch:
-            if output.stopped():
+            if signals:
                 break
-            written += 1
-            if output.is_file:
-                output.write(options.format(message))
-            else:
-                output.deliver(options.format(message), last=not more and message is batch[-1])
-                delivered = written
-        output.flush()
-        delivered = written
+            output.deliver(options.format(message))
+            delivered += 1
+    except (InterruptedError, BrokenPipeError):
+        if not signals:
+            raise
     finally:
         leases.ack(*batch[:delivered])
     return delivered
@@ -3883,7 +3861,8 @@ def run_broadcast(options: Options) -> object:
 def run_dump(options: Options) -> None:
     output = Output()
     with Progress("lines dumped", options, wanted=output.is_file) as progress:
-        output.print((line.encode() + b"\n" for line in options.broker().dump(options.pattern)), progress)
+        lines = progress.counted(options.broker().dump(options.pattern))
+        output.print(line.encode() + b"\n" for line in lines)
 
 
 def run_load(options: Options) -> None:
@@ -3897,13 +3876,7 @@ def run_load(options: Options) -> None:
             shutil.copyfileobj(source, spool)
             spool.seek(0)
             source = spool
-
-        def lines() -> Iterator[bytes]:
-            for line in source:
-                progress.add(1)
-                yield line
-
-        broker.load(lines())
+        broker.load(progress.counted(source))
 
 
 def run_init(options: Options) -> None:
@@ -3960,18 +3933,17 @@ def run_watch(options: Options) -> None:
     if options.peek and options.move:
         raise UsageError("--peek and --move exclude each other")
 
-    def handler(message: Message, timestamp: int) -> None:
-        output.write(options.format(message))
-        output.flush()
-        output.wait_until_read()
-
     queue, after = options.queue(), options.after
+
+    def handler(message: Message, timestamp: int) -> None:
+        output.deliver(options.format(message))
+
     watcher: CommandWatcher
     if options.move:
         watcher = CommandMoveWatcher(queue, options.move, handler, after=after)
     else:
         watcher = CommandWatcher(queue, handler, peek=bool(options.peek), after=after)
-    output.stopped = lambda: watcher.stopping
+    output.waiting = lambda: watcher.stopping
     watcher.watch()
     watcher.check()
 
