@@ -2927,10 +2927,10 @@ class LeasesInFlight:
         self._taken_at = now
         return self._size
 
-    def done(self, message: Message) -> None:
-        """Extend it no longer: the owner acknowledges, releases or moves it now."""
+    def done(self, message: Message) -> bool:
+        """Extend it no longer: the owner acknowledges, releases or moves it now. False if that was done before."""
         with self._guard:
-            self._messages.pop(message.id, None)
+            return self._messages.pop(message.id, None) is not None
 
     def ack(self, *messages: Message) -> None:
         """Acknowledge, in one transaction. Lost leases are logged: someone else has those messages."""
@@ -2957,9 +2957,10 @@ class LeasesInFlight:
         self.settle(message, partial(self._queue.release, message, delay=delay, reason=reason))
 
     def settle(self, message: Message, act: Callable[[], object], said: str = "") -> bool:
-        """Call what ends a lease; False if the lease was lost, which is logged."""
-        self.done(message)
+        """Call what ends a lease, unless it has ended already; False if the lease was lost, which is logged."""
         try:
+            if not self.done(message):
+                return False
             act()
             return True
         except LeaseLost as error:
@@ -3180,13 +3181,12 @@ class QueueWatcher:
 
     # -- the three ways to take messages, when there are some
 
-    def _lease_batch(self) -> bool:
+    def _lease_batch(self) -> None:
         batch = self._leases.take(self._batch_size, self.position, look=False)
         for message in batch:
             if self._stopped():
                 break
             self._attempt(message)
-        return bool(batch)
 
     def _read_one(self) -> None:
         message = self.queue.read(after=self.position)
@@ -3262,9 +3262,10 @@ class QueueWatcher:
     def _bury(self, message: Message, reason: str, attempt: int) -> None:
         suffix = f" (attempt {attempt})"
         why = (check_reason(reason) or "")[: MAX_REASON - len(suffix)] + suffix
-        log_warning("queue %s: message %d is dead-lettered: %s", message.queue, message.id, why)
         dest = self.queue.check_dead_letter(self._dead_letter)
-        self.dead_lettered += self._leases.settle(message, partial(self.queue.move_leased, message, dest, why))
+        if self._leases.settle(message, partial(self.queue.move_leased, message, dest, why)):
+            self.dead_lettered += 1
+            log_warning("queue %s: message %d is dead-lettered: %s", message.queue, message.id, why)
 
 
 class QueueMoveWatcher(QueueWatcher):
@@ -3362,7 +3363,7 @@ class StopSignals:
 DONE, ERROR, NOTHING = 0, 1, 2
 FLUSH_BYTES = 1 << 16
 PIPE_BYTES = 4096  # can be written without blocking when poll() reports room
-JOIN_S = 0.1  # how often `work` looks after its commands
+JOIN_S = 0.1  # how often `work` looks whether it is time to end its commands
 KILL_AFTER_S = 5.0  # between asking a command of `work` to end, and killing it
 
 
@@ -3892,36 +3893,17 @@ class CommandFailed(BrokerError):
 
 
 class CommandWatcher(QueueWatcher):
-    """Trouble that is not the message's stops it: the message is given back as if it had not been leased."""
-
-    failure: Exception | None = None
-
-    def watch(self) -> None:
-        try:
-            super().watch()
-        except Exception as error:  # noqa: BLE001 - the main thread raises it
-            self.failure = error
+    """Trouble that is not the message's ends it: what it has leased is given back as if it had not been leased."""
 
     def _call(self, message: Message) -> tuple[bool | None, str]:
-        verdict, reason = super()._call(message)
-        return verdict, reason.partition(": ")[2]  # without the name of the class
-
-    def _failed(self, message: Message, error: Exception) -> bool | None:
-        if isinstance(error, CommandFailed):
-            return super()._failed(message, error)
-        self.failure = error
-        self.request_stop()
-        self._leases.nack()
-        return True
-
-    def _finish(self, message: Message) -> None:
-        if self.failure is None:
-            super()._finish(message)
-
-    def check(self) -> None:
-        """Raise what made it stop; InterruptedError is no trouble."""
-        if self.failure is not None and not isinstance(self.failure, InterruptedError):
-            raise self.failure
+        try:
+            self._handler(message, message.id)
+            return True, ""
+        except CommandFailed as error:
+            return self._failed(message, error), str(error)
+        except Exception:
+            self._leases.nack()
+            raise
 
 
 class CommandMoveWatcher(CommandWatcher, QueueMoveWatcher):
@@ -3932,7 +3914,6 @@ def run_watch(options: Options) -> None:
     output = Output()
     if options.peek and options.move:
         raise UsageError("--peek and --move exclude each other")
-
     queue, after = options.queue(), options.after
 
     def handler(message: Message, timestamp: int) -> None:
@@ -3944,26 +3925,26 @@ def run_watch(options: Options) -> None:
     else:
         watcher = CommandWatcher(queue, handler, peek=bool(options.peek), after=after)
     output.waiting = lambda: watcher.stopping
-    watcher.watch()
-    watcher.check()
+    try:
+        watcher.watch()
+    except InterruptedError:  # stopped before the output was read
+        pass
 
 
 class Worker(CommandWatcher):
-    """A thread of ``broker work``. It takes a turn, then a message, so that -n commands get the oldest messages."""
+    """A thread of ``broker work``."""
 
-    turns: threading.Semaphore
+    job: Job
 
-    def _lease_batch(self) -> bool:
-        if not self.turns.acquire(blocking=False):
+    def _lease_batch(self) -> None:
+        with self.job.guard:  # one after the other, so that -n commands get the oldest messages
+            batch = self._leases.take(1, look=False) if self.job.left else []
+            self.job.left -= sum(message.attempt <= self._max_attempts for message in batch)
+        for message in batch:
+            if not self._stopped():
+                self._attempt(message)
+        if not self.job.left:
             self.request_stop()
-            return True
-        found = False
-        try:
-            found = super()._lease_batch()
-        finally:
-            if not found:
-                self.turns.release()
-        return found
 
 
 class Job:
@@ -3976,57 +3957,68 @@ class Job:
         names = {"BROKER_DEFAULT_DB_LOCATION": place, "BROKER_DEFAULT_DB_NAME": file, "BROKER_PROJECT_SCOPE": "0"}
         self._environ = {**os.environ, **names}
         self._running: dict[Any, list[Any]] = {}  # each process: the time of its next signal, and that signal
-        self._started: list[int] = []  # the messages whose commands were started
         self._signals = 0  # how often we were told to stop
-        self._told = False
-        self._watchers = [
+        self._failures: list[Exception] = []  # of the threads
+        self.guard = threading.Lock()  # held by the worker that takes a message
+        self.left: float = options.number or float("inf")  # the commands that may still be started
+        self._workers = [
             Worker(
                 broker.queue(name), self._handle, lease=options.lease_s, max_attempts=options.max_attempts,
-                dead_letter=options.dest, error_handler=self._failed, batch_size=1, backoff=options.backoff,
+                dead_letter=options.dest, error_handler=self._failed, backoff=options.backoff,
                 drain=bool(options.drain),
             )
             for _ in range(options.jobs)
         ]  # fmt: skip
-        turns = threading.Semaphore(options.number or 2**31)  # the commands that may still be started
-        for watcher in self._watchers:
-            watcher.turns = turns
+        for worker in self._workers:
+            worker.job = self
 
     def run(self) -> None:
         """Work until told to stop, or until nothing is left to do."""
+        threads = [threading.Thread(target=self._work, args=(worker,), daemon=True) for worker in self._workers]
         with StopSignals(self._stop):
-            threads: list[threading.Thread] = []
-            for watcher in self._watchers:
-                try:
-                    threads.append(watcher.run_in_thread())
-                except RuntimeError as error:  # a limit of processes
-                    watcher.failure = OperationalError(f"cannot start a thread: {error}")
+            try:
+                for thread in threads:
+                    thread.start()
+            except RuntimeError as error:  # a limit of processes
+                self._failures.append(OperationalError(f"cannot start a thread: {error}"))
+                self._stop_workers()
             for thread in threads:
                 while thread.is_alive():
                     thread.join(JOIN_S)
-                    self._look_after()
-        for watcher in self._watchers:
-            watcher.check()
-        buried = sum(watcher.dead_lettered for watcher in self._watchers)
+                    self._end_commands()
+        if self._failures:
+            raise self._failures[0]
+        buried = sum(worker.dead_lettered for worker in self._workers)
         if buried and not self._signals and (self._options.drain or self._options.number):
             raise BrokerError(f"messages that were dead-lettered: {buried}")
 
-    def _stop(self, number: int) -> None:
-        """Told to stop: once, the commands that run are finished; again, they are ended."""
-        self._signals += 1
+    def _work(self, worker: Worker) -> None:
+        """A thread. Where one ends, because its time has come or of trouble, all do."""
+        try:
+            worker.watch()
+        except Exception as error:  # noqa: BLE001 - the main thread raises it
+            self._failures.append(error)
+        finally:
+            self._stop_workers()
 
-    def _look_after(self) -> None:
-        """Stop when it is time to; say what we wait for; end the commands whose time is over."""
+    def _stop_workers(self) -> None:
+        for worker in self._workers:
+            worker.request_stop()
+
+    def _stop(self, number: int) -> None:
+        """A signal came: the commands that run are finished. At the second one they are ended."""
+        self._signals += 1
+        self._stop_workers()
+        count = len(self._running)
+        if self._signals == 1 and count and sys.stderr is not None and sys.stderr.isatty():
+            complain(f"finishing {count} command{'s' * (count > 1)}; again to end them")
+
+    def _end_commands(self) -> None:
+        """End the commands whose time is over, or all after a second signal; kill those that go on."""
         import signal
 
-        ended = self._options.number is not None and len(self._started) >= self._options.number
-        if ended or self._signals or any(watcher.failure for watcher in self._watchers):
-            for watcher in self._watchers:
-                watcher.request_stop()
-        running, now = list(self._running.items()), time.monotonic()
-        if self._signals and running and not self._told and sys.stderr is not None and sys.stderr.isatty():
-            complain(f"finishing {len(running)} command{'s' * (len(running) > 1)}; again to end them")
-            self._told = True
-        for process, state in running:
+        now = time.monotonic()
+        for process, state in list(self._running.items()):
             end_at, number = state
             if now >= end_at or (self._signals > 1 and number == signal.SIGTERM):
                 state[:] = now + KILL_AFTER_S, signal.SIGKILL
@@ -4040,7 +4032,6 @@ class Job:
         import signal
 
         process, timeout_s = self._start(message), self._options.timeout
-        self._started.append(timestamp)
         state = [float("inf") if timeout_s is None else time.monotonic() + timeout_s, signal.SIGTERM]
         self._running[process] = state
         try:
@@ -4067,7 +4058,7 @@ class Job:
                 return subprocess.Popen(self._command, stdin=body, env=environ, start_new_session=True)
             except OSError as error:
                 why = "it or its interpreter is not found" if isinstance(error, FileNotFoundError) else error.strerror
-                raise OperationalError(f"cannot start {shown(self._command[0])}: {why}") from error
+                raise BrokerError(f"cannot start {shown(self._command[0])}: {why}") from error
 
     def _failed(self, error: BaseException, message: Message, timestamp: int) -> bool | None:
         """The error handler: give back at once when the commands were ended, else with a delay."""

@@ -4252,6 +4252,9 @@ class ConsumerCommandsTest(CommandTest):
         self.assertLines("work q -n 1 false")  # it failed, and is not dead
         (message,) = queue.peek_many(9, held=True)
         self.assertEqual((message.state, message.reason), ("delayed", "exit status 1"))
+        spent = self.queue("p", ["spent", "works"])  # what is dead-lettered without a command is none of the -n
+        spent.release(spent.lease(60))
+        self.assertRan(self.fork("work", "p", "-n", "1", "--max-attempts", "1", "cat"), b"works\n", status=1)
 
     def test_a_command_that_takes_too_long_is_ended_with_its_children(self) -> None:
         self.queue("q", "x")
