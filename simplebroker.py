@@ -3783,53 +3783,42 @@ def run_list(options: Options) -> bool:
     return bool(output.print(lines)) or options.pattern is None
 
 
+TOP_ROW = "{0:{room}.{room}} {1:>8} {2:>7} {3:>7} {4:>9} {5:>6}  {6}"
 TOP_TITLES = ("queue", "ready", "leased", "delayed", "change/s", "oldest", "")
-TOP_WIDE = "{0:{room}.{room}} {1:>8} {2:>7} {3:>7} {4:>9} {5:>6}  {6}"
-TOP_NARROW = "{0:{room}.{room}} {1:>7} {4:>9} {5:>6}"  # below 64 columns
 TOP_PAUSE_S = 0.5  # between two looks, if something changes all the time
 
 
 def run_top(options: Options) -> None:
     """Redraw at each change, at most twice a second and at least every other second; without a terminal once."""
-    broker, output, signals = options.broker(), Output(), []
+    broker, output = options.broker(), Output()
     queues, seen_at = broker.queues(options.pattern), time.monotonic()
-    if not file_mode(sys.stdout) or not os.isatty(sys.stdout.fileno()):
+    if not sys.stdout.isatty():
         output.print(line.encode() + b"\n" for line in top_lines(queues, None, 1.0, broker.clock()))
         return
-    pause = Waiter(broker.runner.notifier)  # not entered: only a signal wakes it
-
-    def stop(number: int) -> None:
-        signals.append(number)
-        pause.wake()
-        changed.wake()
-
-    with broker.waiter() as changed, StopSignals(stop):
+    with broker.waiter() as changed, StopSignals(lambda number: sys.exit(DONE)):
         try:
             output.print([b"\x1b[?1049h\x1b[?25l"])  # a screen of its own, without the cursor
-            while not signals:
+            while True:
                 before, queues, last, seen_at = queues, broker.queues(options.pattern), seen_at, time.monotonic()
                 width, height = os.get_terminal_size(sys.stdout.fileno())
                 lines = top_lines(queues, before, seen_at - last, broker.clock(), width)
                 if len(lines) > height:
                     lines[height - 1 :] = [f"and {len(lines) - height + 1} more queues"[:width]]
                 output.print([b"\x1b[H", "\x1b[K\n".join(lines).encode(), b"\x1b[K\x1b[J"])
-                pause.wait(TOP_PAUSE_S)
+                time.sleep(TOP_PAUSE_S)
                 changed.wait()
         finally:
             output.print([b"\x1b[?25h\x1b[?1049l"])
 
 
 def top_lines(
-    queues: dict[str, Stats], before: dict[str, Stats] | None, seconds: float, now: int, width: int | None = None
+    queues: dict[str, Stats], before: dict[str, Stats] | None, seconds: float, now: int, width: int = 1000
 ) -> list[str]:
-    """The lines of ``top``, the fullest queue first, not wider than the terminal (None: as wide as they are).
+    """The lines of ``top``, the fullest queue first, not wider than the terminal.
 
     The change per second is what came less what went between two looks; None before the second one.
     """
-    shape, taken = (TOP_WIDE, 54) if width is None or width >= 64 else (TOP_NARROW, 25)
-    room = max([5, *map(len, queues)])
-    if width is not None:
-        room = max(1, min(room, width - taken))
+    room = max(5, min(max(map(len, queues), default=0), max(16, width - 54)))
     rows: list[tuple[object, ...]] = [TOP_TITLES]
     most = max([1, *(stats.ready for stats in queues.values())])
     for name, stats in sorted(queues.items(), key=lambda item: (-item[1].ready, item[0])):
@@ -3838,7 +3827,7 @@ def top_lines(
         age = "" if stats.oldest is None else shown_age((now - stats.oldest) / NS)
         bar = "#" * -(-10 * stats.ready // most)
         rows.append((name, stats.ready, stats.leased, stats.delayed, change, age, bar))
-    return [shape.format(*row, room=room)[:width].rstrip() for row in rows]
+    return [TOP_ROW.format(*row, room=room)[:width].rstrip() for row in rows]
 
 
 def shown_age(seconds: float) -> str:
