@@ -3398,13 +3398,20 @@ class Output:
         self._written, self._flushed_at = 0, 0.0
         self.waiting: Callable[[], object] = bool  # called while a reader takes its time; true when it is time to end
 
-    def write(self, data: bytes) -> None:
-        """Write now or later; flush() makes sure."""
-        self._unsent += data
-        if len(self._unsent) > FLUSH_BYTES:
-            self.flush()
+    def print(self, lines: Iterable[bytes]) -> int:
+        """Write lines, some at once, and flush them; return how many."""
+        count = 0
+        try:
+            for line in lines:
+                self._unsent += line
+                count += 1
+                if len(self._unsent) > FLUSH_BYTES:
+                    self._flush()
+        finally:  # so that a progress that was shown is true at Ctrl-C too
+            self._flush()
+        return count
 
-    def flush(self) -> None:
+    def _flush(self) -> None:
         """Write everything; BrokenPipeError if nobody reads any more, InterruptedError when stopped meanwhile."""
         import select
 
@@ -3420,17 +3427,6 @@ class Output:
                     data = data[os.write(self._fd, data[:PIPE_BYTES]) :]
             except BlockingIOError:  # non-blocking, and another writer was faster
                 pass
-
-    def print(self, lines: Iterable[bytes]) -> int:
-        """Write and flush lines; return how many."""
-        count = 0
-        try:
-            for line in lines:
-                self.write(line)
-                count += 1
-        finally:  # so that a progress that was shown is true at Ctrl-C too
-            self.flush()
-        return count
 
     def deliver(self, data: bytes) -> None:
         """Write, and block until the reader of a pipe has all of it; BrokenPipeError if it has gone before."""
@@ -3903,16 +3899,12 @@ def run_watch(options: Options) -> None:
     output = Output()
     if options.peek and options.move:
         raise UsageError("--peek and --move exclude each other")
-    queue, after = options.queue(), options.after
-
-    def handler(message: Message, timestamp: int) -> None:
-        output.deliver(options.format(message))
-
-    watcher: CommandWatcher
+    make: Callable[..., CommandWatcher] = partial(CommandWatcher, peek=bool(options.peek))
     if options.move:
-        watcher = CommandMoveWatcher(queue, options.move, handler, after=after)
-    else:
-        watcher = CommandWatcher(queue, handler, peek=bool(options.peek), after=after)
+        make = partial(CommandMoveWatcher, dest=options.move)
+    watcher = make(
+        options.queue(), handler=lambda message, timestamp: output.deliver(options.format(message)), after=options.after
+    )
     output.waiting = lambda: watcher.stopping
     try:
         watcher.watch()
@@ -4036,18 +4028,17 @@ class Job:
         import subprocess
         import tempfile
 
-        attempt = {"BROKER_QUEUE": message.queue, "BROKER_MESSAGE_ID": shown_id(message.id)}
-        attempt["BROKER_ATTEMPT"] = str(message.attempt)
+        environ = dict(self._environ, BROKER_QUEUE=message.queue, BROKER_MESSAGE_ID=shown_id(message.id))
+        environ["BROKER_ATTEMPT"] = str(message.attempt)
         # The body is in a file before the command starts: if we are killed, it does not see half of it.
         with tempfile.TemporaryFile() as body:
             body.write(message.encode() if self._options.exact else self._options.format(message))
             body.seek(0)
-            environ = {**self._environ, **attempt}
             try:  # a session of its own, so that Ctrl-C in a terminal stops the worker and not the command
                 return subprocess.Popen(self._command, stdin=body, env=environ, start_new_session=True)
             except OSError as error:
-                why = "it or its interpreter is not found" if isinstance(error, FileNotFoundError) else error.strerror
-                raise BrokerError(f"cannot start {shown(self._command[0])}: {why}") from error
+                what = f"{shown(self._command[0])} or its interpreter"
+                raise BrokerError(f"cannot start {what}: {error.strerror}") from error
 
     def _failed(self, error: BaseException, message: Message, timestamp: int) -> bool | None:
         """The error handler: give back at once when the commands were ended, else with a delay."""
@@ -4088,10 +4079,6 @@ def run_vacuum(options: Options) -> None:
 
 def run_cleanup(options: Options) -> None:
     options.broker().delete_database()
-
-
-def run_help(options: Options) -> None:
-    parse_arguments([*options.operands, "--help"])
 
 
 def complain(text: str) -> None:
@@ -4164,11 +4151,11 @@ COMMANDS: dict[str, tuple[Callable[[Options], object], str, str, str]] = {
     "dump": (run_dump, "", "pattern", "print everything as lines of JSON"),
     "load": (run_load, "", "", "read what dump printed; all or nothing"),
     "init": (run_init, "", "", "create the database here"),
-    "help": (run_help, "[COMMAND]", "", "print this, or the help of a command"),
+    "help": (lambda o: parse_arguments([*o.operands, "--help"]), "[COMMAND]", "", "print this, or help for a command"),
     "--status": (run_status, "", "json", "print numbers of the whole database (--json)"),
     "--vacuum": (run_vacuum, "", "", "give unused space back to the file system"),
     "--cleanup": (run_cleanup, "", "", "delete the database and the files that belong to it"),
-    "--version": (lambda o: print(f"simplebroker {__version__}"), "", "", "print the version"),
+    "--version": (lambda o: print(f"simplebroker {__version__}", flush=True), "", "", "print the version"),
 }
 # What those answer that would make a database, or need one, where there is none. Others look only, or wait.
 WITHOUT_DATABASE = {
@@ -4179,38 +4166,36 @@ WITHOUT_DATABASE = {
 
 def parse_arguments(argv: Sequence[str]) -> Options:
     """Options and operands in any order; what follows "--" are operands. UsageError if it makes no sense."""
-    head, literal, place = _split(argv)
-    options, rest = Options(), list(head)
-    if place is not None:
-        options.name = rest.pop(place)
-        if options.name not in COMMANDS:
-            raise UsageError(_unknown(options.name))
-    if place is None or any(map(_is_option, rest)):  # argparse takes half the time of a start
-        rest = _parse_options(options, rest)
-    if place is None:
+    options = Options()
+    options.name, words, literal = _split(argv)
+    if options.name and options.name not in COMMANDS:
+        raise UsageError(_unknown(options.name))
+    if not options.name or any(map(_is_option, words)):  # argparse takes half the time of a start
+        words = _parse_options(options, words)
+    if not options.name:
         raise UsageError("no command; see broker --help")
     options.run, spec, *_ = COMMANDS[options.name]
-    options.operands = [*rest, *literal]
+    options.operands = [*words, *literal]
     _check_operands(options, spec)
     return options
 
 
-def _split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str], int | None]:
-    """The words before the first "--", or before CMD of ``work``; those after it; where the command is."""
+def _split(argv: Sequence[str]) -> tuple[str, list[str], Sequence[str]]:
+    """The command, "" if there is none; the other words before the first "--", or before CMD of ``work``; the rest."""
     # argparse gives "--" and late operands different meanings in different versions of Python: it sees neither.
     valued = {flag for row in OPTIONS.values() if row[1][:1] not in ("", "[") for flag in row[0].split()}
+    end = argv.index("--") if "--" in argv else len(argv)
+    words, rest = list(argv[:end]), argv[end + 1 :]
     places: list[int] = []
-    is_value = False
-    for index, word in enumerate(argv):
-        if word == "--":
-            return argv[:index], argv[index + 1 :], places[0] if places else None
-        if is_value or (_is_option(word) and (places or word not in COMMANDS)):
-            is_value = not is_value and word in valued
-            continue
-        places.append(index)
-        if len(places) == 3 and argv[places[0]] == "work":
-            return argv[:index], argv[index:], places[0]
-    return argv, [], places[0] if places else None
+    indexed = enumerate(words)
+    for index, word in indexed:
+        if word in valued:
+            next(indexed, None)
+        elif not _is_option(word) or (word in COMMANDS and not places):
+            places.append(index)
+    if len(places) > 2 and words[places[0]] == "work":
+        words, rest = words[: places[2]], argv[places[2] :]
+    return words.pop(places[0]) if places else "", words, rest
 
 
 def _is_option(word: str) -> bool:
@@ -4283,7 +4268,7 @@ def _make_parser(name: str, names: Iterable[str]) -> argparse.ArgumentParser:
             raise UsageError(f"{message}; see {self.prog} --help")
 
         def print_help(self, file: Any = None) -> None:
-            print(self.format_help(), end="")  # the one of argparse hides that standard output is closed or full
+            print(self.format_help(), end="", flush=True)  # the one of argparse hides that it cannot be written
 
     def value_of(rule: Callable[[str], object], text: str) -> object:
         try:
@@ -4327,17 +4312,16 @@ BROKER_BUSY_TIMEOUT, BROKER_SYNC_MODE and other settings: see README.md."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 done, 1 error, 2 nothing there."""
     try:
-        status = run_command(sys.argv[1:] if argv is None else list(argv))
+        return run_command(sys.argv[1:] if argv is None else list(argv))
     except BrokenPipeError:
-        status = DONE
+        return DONE
     except (BrokerError, ValueError, OSError) as error:
         complain(f"error: {error}")
-        status = ERROR
+        return ERROR
     except KeyboardInterrupt:
-        status = 128 + 2  # as shells report SIGINT
+        return 128 + 2  # as shells report SIGINT
     except SystemExit as end:  # after --help, or a signal
-        status = int(end.code or DONE)
-    return flushed(status)
+        return int(end.code or DONE)
 
 
 def run_and_exit() -> NoReturn:
@@ -4347,23 +4331,13 @@ def run_and_exit() -> NoReturn:
         atexit.unregister(_end_notifiers)  # nothing that they could hold is needed any more
         status = main()
         atexit._run_exitfuncs()
-        status = flushed(status)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # what main() could not print, which it has told, is still there
+        pass
     except KeyboardInterrupt:  # in the last moment
         status = 128 + 2
     os._exit(status)
-
-
-def flushed(status: int) -> int:
-    """Flush standard output; return the status, or ERROR if that was impossible."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:  # what is left cannot be written: keep the interpreter from complaining about it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError) and status == DONE:
-            complain(f"error: {error}")
-            status = ERROR
-    return status
 
 
 def run_command(argv: Sequence[str]) -> int:
