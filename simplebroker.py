@@ -3396,7 +3396,8 @@ class Output:
         self._is_pipe = stat.S_ISFIFO(mode) and sys.platform == "linux"
         self._unsent = bytearray()
         self._written, self._flushed_at = 0, 0.0
-        self.waiting: Callable[[], object] = bool  # called while a reader takes its time; true when it is time to end
+        self.stopped: Callable[[], object] = bool  # is it time to end?
+        self.when_slow: Callable[[], object] = bool  # called when the reader takes its time
 
     def print(self, lines: Iterable[bytes]) -> int:
         """Write lines, some at once, and flush them; return how many."""
@@ -3413,8 +3414,6 @@ class Output:
 
     def _flush(self) -> None:
         """Write everything; BrokenPipeError if nobody reads any more, InterruptedError when stopped meanwhile."""
-        import select
-
         data, self._unsent = memoryview(self._unsent), bytearray()
         self._written += len(data)
         self._flushed_at = time.monotonic()
@@ -3423,13 +3422,16 @@ class Output:
             return
         while data:
             try:
-                if self.is_file or self._poll(select.POLLOUT, FAST_BATCH_S):
+                if self.is_file or self._poll(FAST_BATCH_S, for_room=True):
                     data = data[os.write(self._fd, data[:PIPE_BYTES]) :]
             except BlockingIOError:  # non-blocking, and another writer was faster
                 pass
 
     def deliver(self, data: bytes) -> None:
-        """Write, and block until the reader of a pipe has all of it; BrokenPipeError if it has gone before."""
+        """Write, and block until the reader of a pipe has all of it; BrokenPipeError if it has gone before,
+        InterruptedError when stopped."""
+        if self.stopped():
+            raise InterruptedError("stopped before the output was written")
         self.print([data])
         while unread := self._unread():
             waited_s = time.monotonic() - self._flushed_at
@@ -3437,7 +3439,7 @@ class Output:
                 self._is_pipe = False
             elif waited_s < 0.001:  # most readers are quick
                 os.sched_yield()
-            elif self._poll(0, min(0.01, waited_s)) and self._unread():
+            elif self._poll(min(0.01, waited_s), for_room=False) and self._unread():
                 raise BrokenPipeError("nobody reads the output")
 
     def _unread(self) -> int:
@@ -3448,17 +3450,18 @@ class Output:
 
         return int.from_bytes(fcntl.ioctl(self._fd, termios.FIONREAD, b"\0\0\0\0"), sys.byteorder)
 
-    def _poll(self, events: int, seconds: float) -> int:
-        """Wait that long for an event, and return it; InterruptedError when stopped meanwhile."""
+    def _poll(self, seconds: float, *, for_room: bool) -> bool:
+        """Wait until there is room, or nobody reads any more; False after so long. InterruptedError when stopped."""
         import select
 
         poll = select.poll()
-        poll.register(self._fd, events)
-        for _, event in poll.poll(1000 * seconds):
-            return event
-        if self.waiting() and time.monotonic() - self._flushed_at > self.PATIENCE_S:
+        poll.register(self._fd, select.POLLOUT if for_room else 0)
+        if poll.poll(1000 * seconds):
+            return True
+        self.when_slow()
+        if self.stopped() and time.monotonic() - self._flushed_at > self.PATIENCE_S:
             raise InterruptedError("stopped before the output was read")
-        return 0
+        return False
 
 
 class Progress:
@@ -3663,42 +3666,27 @@ def read_messages(options: Options, output: Output) -> int:
     given back."""
     queue, (low, high), limit, count = options.queue(), options.range(), options.limit(), 0
     signals: list[int] = []  # those that told us to stop
+    output.stopped = lambda: signals
     progress = Progress("messages read", options, wanted=options.all and output.is_file)
-    with progress, StopSignals(signals.append), LeasesInFlight(queue, lazy=True) as leases:
-
-        def waiting() -> list[int]:
-            leases.keep_alive()
-            return signals
-
-        output.waiting = waiting
-        while not signals and count != limit:
-            batch = leases.take(limit and min(limit - count, MAX_BATCH), low, high)
-            if not batch:
-                break
-            count += len(batch)
-            progress.add(deliver(leases, batch, output, options, signals))
-    if signals:
-        raise SystemExit(128 + signals[0])
-    return count
-
-
-def deliver(
-    leases: LeasesInFlight, batch: list[Message], output: Output, options: Options, signals: list[int]
-) -> int:
-    """Print leased messages until a signal comes, acknowledge those that were delivered, and return how many."""
-    delivered = 0
     try:
-        for message in batch:
-            if signals:
-                break
-            output.deliver(options.format(message))
-            delivered += 1
+        with progress, StopSignals(signals.append), LeasesInFlight(queue, lazy=True) as leases:
+            output.when_slow = leases.keep_alive
+            while count != limit and (batch := leases.take(limit and min(limit - count, MAX_BATCH), low, high)):
+                delivered = 0
+                try:
+                    for message in batch:
+                        output.deliver(options.format(message))
+                        delivered += 1
+                finally:
+                    leases.ack(*batch[:delivered])
+                    progress.add(delivered)
+                count += delivered
     except (InterruptedError, BrokenPipeError):
         if not signals:
             raise
-    finally:
-        leases.ack(*batch[:delivered])
-    return delivered
+    if signals:
+        raise SystemExit(128 + signals[0])
+    return count
 
 
 def run_peek(options: Options) -> int:
@@ -3905,7 +3893,7 @@ def run_watch(options: Options) -> None:
     watcher = make(
         options.queue(), handler=lambda message, timestamp: output.deliver(options.format(message)), after=options.after
     )
-    output.waiting = lambda: watcher.stopping
+    output.stopped = lambda: watcher.stopping
     try:
         watcher.watch()
     except InterruptedError:  # stopped before the output was read
