@@ -3720,9 +3720,6 @@ def run_move(options: Options) -> int:
 
 def run_requeue(options: Options) -> int:
     queue, output = options.queue(), Output()
-    queue.check_dead_letter(options.source)
-    if not queue.broker.exists():
-        return 0
     count = queue.requeue(options.source, options.number, **options.filters())
     output.print([b"%d\n" % count] * (count > 0))
     return count
@@ -4094,8 +4091,8 @@ OPTIONS: dict[str, tuple[str, str, Callable[[str], object], str]] = {
     "delay": ("--delay", "DURATION", parse_duration, "not deliverable before that"),
     "lease_s": ("--lease --for", "DURATION", parse_duration, "length of the lease (30s)"),
     "reason": ("--reason", "TEXT", str, "why it failed, in a line"),
-    "dest": ("--to --dead-letter", "QUEUE", str, "the dead-letter queue (QUEUE.dead)"),
-    "source": ("--from", "QUEUE", str, "the dead-letter queue (QUEUE.dead)"),
+    "dest": ("--to --dead-letter", "QUEUE", check_queue_name, "the dead-letter queue (QUEUE.dead)"),
+    "source": ("--from", "QUEUE", check_queue_name, "the dead-letter queue (QUEUE.dead)"),
     "lines": ("--lines", "", bool, "each line of standard input is a message"),
     "stats": ("--stats", "", bool, "also the total, leased and delayed"),
     "pattern": ("-p --pattern", "GLOB", str, "only queues that match"),
@@ -4107,7 +4104,7 @@ OPTIONS: dict[str, tuple[str, str, Callable[[str], object], str]] = {
     "backoff": ("--backoff", "DURATION", parse_duration, "first delay (0.5s); doubles"),
     "drain": ("--drain", "", bool, "end when nothing is ready, leased or waiting for its next attempt"),
     "peek": ("--peek", "", bool, "remove nothing"),
-    "move": ("--move", "DEST", str, "move instead of removing"),
+    "move": ("--move", "DEST", check_queue_name, "move instead of removing"),
     "dir": ("-d --dir", "DIR", str, "directory of the database"),
     "file": ("-f --file", "FILE", str, "database file: absolute, or a name inside DIR"),
     "quiet": ("-q --quiet", "", bool, "no progress; errors are shown"),
@@ -4147,7 +4144,7 @@ COMMANDS: dict[str, tuple[Callable[[Options], object], str, str, str]] = {
 }
 # What those answer that would make a database, or need one, where there is none. Others look only, or wait.
 WITHOUT_DATABASE = {
-    **dict.fromkeys(("move", "rename", "delete", "--status"), NOTHING), "--vacuum": DONE,
+    **dict.fromkeys(("move", "rename", "requeue", "delete", "--status"), NOTHING), "--vacuum": DONE,
     **dict.fromkeys(("ack", "release", "extend", "dead-letter"), ERROR),
 }  # fmt: skip
 
@@ -4240,7 +4237,8 @@ def _check_operands(options: Options, spec: str) -> None:
     if sum(value is not None for value in (options.id, options.number, options.all)) > 1:
         raise UsageError("-m, -n and --all exclude each other")
     queues = [check_queue_name(word) for word, name in zip(operands, names) if name in QUEUE_OPERANDS]
-    if len(queues) == 2 and queues[0] == queues[1]:
+    queues += filter(None, (options.source, options.dest, options.move))
+    if len(set(queues)) < len(queues):
         raise UsageError(f"{options.name}: both names are {queues[0]!r}")
     narrowed = any(options.filters().values())
     if options.name == "delete" and (bool(options.all) == bool(queues) or (options.all and narrowed)):
