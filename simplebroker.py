@@ -3900,16 +3900,21 @@ def run_watch(options: Options) -> None:
 class Worker(CommandWatcher):
     """A thread of ``broker work``."""
 
-    job: Job
+    def __init__(self, job: Job, options: Options) -> None:
+        super().__init__(
+            options.queue(), job.handle, lease=options.lease_s, max_attempts=options.max_attempts,
+            dead_letter=options.dest, error_handler=job.failed, backoff=options.backoff, drain=bool(options.drain),
+        )  # fmt: skip
+        self._job = job
 
     def _lease_batch(self) -> None:
-        with self.job.guard:  # one after the other, so that -n commands get the oldest messages
-            batch = self._leases.take(1, look=False) if self.job.left else []
-            self.job.left -= sum(message.attempt <= self._max_attempts for message in batch)
+        with self._job.guard:  # one after the other, so that -n commands get the oldest messages
+            batch = self._leases.take(1, look=False) if self._job.left else []
+            self._job.left -= sum(message.attempt <= self._max_attempts for message in batch)
         for message in batch:
             if not self._stopped():
                 self._attempt(message)
-        if not self.job.left:
+        if not self._job.left:
             self.request_stop()
 
 
@@ -3917,8 +3922,7 @@ class Job:
     """``broker work``: runs a command for each message, in some threads, which the main thread looks after."""
 
     def __init__(self, options: Options) -> None:
-        broker, (name, *self._command) = options.broker(), options.operands
-        self._options = options
+        broker, self._options = options.broker(), options
         place, file = ("", broker.address) if url_scheme(broker.path) else os.path.split(broker.path)
         names = {"BROKER_DEFAULT_DB_LOCATION": place, "BROKER_DEFAULT_DB_NAME": file, "BROKER_PROJECT_SCOPE": "0"}
         self._environ = {**os.environ, **names}
@@ -3927,16 +3931,7 @@ class Job:
         self._failures: list[Exception] = []  # of the threads
         self.guard = threading.Lock()  # held by the worker that takes a message
         self.left: float = options.number or float("inf")  # the commands that may still be started
-        self._workers = [
-            Worker(
-                broker.queue(name), self._handle, lease=options.lease_s, max_attempts=options.max_attempts,
-                dead_letter=options.dest, error_handler=self._failed, backoff=options.backoff,
-                drain=bool(options.drain),
-            )
-            for _ in range(options.jobs)
-        ]  # fmt: skip
-        for worker in self._workers:
-            worker.job = self
+        self._workers = [Worker(self, options) for _ in range(options.jobs)]
 
     def run(self) -> None:
         """Work until told to stop, or until nothing is left to do."""
@@ -3993,7 +3988,7 @@ class Job:
                 except (ProcessLookupError, PermissionError):  # it has ended
                     pass
 
-    def _handle(self, message: Message, timestamp: int) -> None:
+    def handle(self, message: Message, timestamp: int) -> None:
         """Run the command for a message; CommandFailed unless it ends with status 0."""
         import signal
 
@@ -4013,6 +4008,7 @@ class Job:
         import subprocess
         import tempfile
 
+        _, *command = self._options.operands
         environ = dict(self._environ, BROKER_QUEUE=message.queue, BROKER_MESSAGE_ID=shown_id(message.id))
         environ["BROKER_ATTEMPT"] = str(message.attempt)
         # The body is in a file before the command starts: if we are killed, it does not see half of it.
@@ -4020,12 +4016,12 @@ class Job:
             body.write(message.encode() if self._options.exact else self._options.format(message))
             body.seek(0)
             try:  # a session of its own, so that Ctrl-C in a terminal stops the worker and not the command
-                return subprocess.Popen(self._command, stdin=body, env=environ, start_new_session=True)
+                return subprocess.Popen(command, stdin=body, env=environ, start_new_session=True)
             except OSError as error:
-                what = f"{shown(self._command[0])} or its interpreter"
-                raise BrokerError(f"cannot start {what}: {error.strerror}") from error
+                what = f"cannot start {shown(command[0])} or its interpreter"
+                raise BrokerError(f"{what}: {error.strerror}") from error
 
-    def _failed(self, error: BaseException, message: Message, timestamp: int) -> bool | None:
+    def failed(self, error: BaseException, message: Message, timestamp: int) -> bool | None:
         """The error handler: give back at once when the commands were ended, else with a delay."""
         if self._signals > 1:
             return False
@@ -4035,11 +4031,15 @@ class Job:
 
 def run_work(options: Options) -> None:
     import shutil
+    import signal
 
     command = options.operands[1]
     if shutil.which(command) is None:
         why = "command not found" if shutil.which(command, os.F_OK) is None else "permission denied"
         raise OperationalError(f"cannot start {shown(command)}: {why}; nothing was taken")
+    handled = signal.getsignal(signal.SIGCHLD) not in (signal.SIG_IGN, signal.SIG_DFL)  # PyPy does not tell which
+    if not handled and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, every command would seem to succeed
     Job(options).run()
 
 
@@ -4154,7 +4154,11 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     options = Options()
     options.name, words, literal = _split(argv)
     if options.name and options.name not in COMMANDS:
-        raise UsageError(_unknown(options.name))
+        import difflib
+
+        close = difflib.get_close_matches(options.name[:40], COMMANDS, 1)
+        hint = f": did you mean {close[0]!r}?" if close else ""
+        raise UsageError(f"unknown command {shown(options.name)}{hint}; see broker --help")
     if not options.name or any(map(_is_option, words)):  # argparse takes half the time of a start
         words = _parse_options(options, words)
     if not options.name:
@@ -4187,49 +4191,34 @@ def _is_option(word: str) -> bool:
     return word[:1] == "-" and word != "-"
 
 
-def _unknown(name: str) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name[:40], COMMANDS, 1)
-    return f"unknown command {shown(name)}{f': did you mean {close[0]!r}?' if close else ''}; see broker --help"
-
-
 def _parse_options(options: Options, words: list[str]) -> list[str]:
     """Set what the options say; return the operands."""
     names = [*(COMMANDS[options.name][2].split() if options.name else ()), *GLOBAL_OPTIONS]
     parser = _make_parser(options.name, names)
-    help = f"see {parser.prog} --help"
-    known = {flag for name in names for flag in OPTIONS[name][0].split()} | {"-h"}
-    # Their text may begin with "-": argparse would read -hello as -h and others.
-    for word in words if options.name in ("write", "broadcast") else ():
-        if _is_option(word) and word[:2] != "--" and word not in known:
-            raise UsageError(f"{shown(word)} is no option: if it is text, write '--' before it; {help}")
-    _place_wait(words)
-    _, operands = parser.parse_known_args(words, options)
-    for value in vars(options).values():
-        if isinstance(value, list) and (not value or [] in value):  # from argparse before Python 3.13
-            raise UsageError(f"'--' cannot be the value of an option; {help}")
-    for word in operands:
-        if _is_option(word):
-            raise UsageError(f"unknown option {shown(word)}: if it is text, write '--' before it; {help}")
-    return operands
-
-
-def _place_wait(words: list[str]) -> None:
-    """Put --wait at the end if the word that follows it cannot be its value."""
-    if "--wait" in words:
+    known = {flag for name in names for flag in OPTIONS[name][0].split()} | {"-h", "--help"}
+    has_text = options.name in ("write", "broadcast")  # which may begin with "-": argparse would read -hello as -h ...
+    for word in filter(_is_option, words):
+        flag = word.partition("=")[0] if word[:2] == "--" else word if has_text else word[:2]
+        if flag not in known:
+            what = f"unknown option {shown(word)}: if it is text, write '--' before it"
+            raise UsageError(f"{what}; see {parser.prog} --help")
+    if "--wait" in words:  # at the end, if the word that follows it is no duration
         place = words.index("--wait")
         try:
             parse_duration("".join(words[place + 1 : place + 2]))
         except ValueError:
             words.append(words.pop(place))
+    _, operands = parser.parse_known_args(words, options)
+    for value in vars(options).values():
+        if isinstance(value, list) and (not value or [] in value):  # from argparse before Python 3.13
+            raise UsageError(f"'--' cannot be the value of an option; see {parser.prog} --help")
+    return operands
 
 
 def _check_operands(options: Options, spec: str) -> None:
     """UsageError for too few, too many, or names that are none."""
     names, operands, help = spec.split(), options.operands, f"see broker {options.name} --help"
-    needed = [name for name in names if not name.startswith("[")]
-    if len(operands) < len(needed):
+    if len(operands) < sum(not name.startswith("[") for name in names):
         raise UsageError(f"{options.name} needs {spec}; {help}")
     if len(operands) > len(names) and not spec.endswith("...]"):
         extra = shown(operands[len(names)])
@@ -4273,9 +4262,8 @@ def _make_parser(name: str, names: Iterable[str]) -> argparse.ArgumentParser:
     )  # fmt: skip
     for option in names:
         flags, metavar, rule, about = OPTIONS[option]
-        more: dict[str, Any] = {"action": "store_true"}
-        if metavar:
-            more = {"metavar": metavar.strip("[]"), "type": partial(value_of, rule)}
+        value = {"metavar": metavar.strip("[]"), "type": partial(value_of, rule)}
+        more: dict[str, Any] = value if metavar else {"action": "store_true"}
         if metavar[:1] == "[":
             more.update(nargs="?", const=float("inf"))
         if metavar[-3:] == "...":

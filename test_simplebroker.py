@@ -4256,6 +4256,12 @@ class ConsumerCommandsTest(CommandTest):
         spent.release(spent.lease(60))
         self.assertRan(self.fork("work", "p", "-n", "1", "--max-attempts", "1", "cat"), b"works\n", status=1)
 
+    def test_a_command_fails_also_where_the_end_of_children_is_ignored(self) -> None:
+        self.queue("q", "x")
+        ignore = functools.partial(signal.signal, signal.SIGCHLD, signal.SIG_IGN)
+        self.assertRan(self.finish(self.start("work", "q", "-n", "1", "false", preexec_fn=ignore)), b"")
+        self.assertEqual(self.everything(), ["x"])
+
     def test_a_command_that_takes_too_long_is_ended_with_its_children(self) -> None:
         self.queue("q", "x")
         options = ("--timeout", "200ms", "--max-attempts", "1", "--drain")
