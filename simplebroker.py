@@ -3526,6 +3526,7 @@ class Options:
     lease_s = DEFAULT_LEASE_S
     max_attempts = DEFAULT_MAX_ATTEMPTS
     backoff = BACKOFF_S
+    timeout = float("inf")
     jobs = 1
 
     def __getattr__(self, name: str) -> Any:
@@ -3595,8 +3596,7 @@ def standard_input() -> Any:
 def decode(data: bytes, what: str, settings: Settings) -> str:
     """Bytes as text, or a MessageError. Too many are not decoded: they may end inside a character."""
     if len(data) > settings.max_message_size:
-        limit = f"the {settings.max_message_size} bytes that BROKER_MAX_MESSAGE_SIZE allows"
-        raise MessageError(f"{what} has more than {limit}")
+        raise MessageError(f"{what} is longer than BROKER_MAX_MESSAGE_SIZE, {settings.max_message_size} bytes")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -3924,8 +3924,8 @@ class Job:
     def __init__(self, options: Options) -> None:
         broker, self._options = options.broker(), options
         place, file = ("", broker.address) if url_scheme(broker.path) else os.path.split(broker.path)
-        names = {"BROKER_DEFAULT_DB_LOCATION": place, "BROKER_DEFAULT_DB_NAME": file, "BROKER_PROJECT_SCOPE": "0"}
-        self._environ = {**os.environ, **names}
+        self._environ = dict(os.environ, BROKER_DEFAULT_DB_LOCATION=place, BROKER_DEFAULT_DB_NAME=file)
+        self._environ["BROKER_PROJECT_SCOPE"] = "0"
         self._running: dict[Any, list[Any]] = {}  # each process: the time of its next signal, and that signal
         self._signals = 0  # how often we were told to stop
         self._failures: list[Exception] = []  # of the threads
@@ -3993,8 +3993,7 @@ class Job:
         import signal
 
         process, timeout_s = self._start(message), self._options.timeout
-        state = [float("inf") if timeout_s is None else time.monotonic() + timeout_s, signal.SIGTERM]
-        self._running[process] = state
+        state = self._running[process] = [time.monotonic() + timeout_s, signal.SIGTERM]
         try:
             status = process.wait()
         finally:
