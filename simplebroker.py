@@ -3070,6 +3070,10 @@ class QueueWatcher:
     (SystemExit, KeyboardInterrupt, CancelledError) ends the watcher: the attempt counts as a failed one.
     """
 
+    # The errors of a handler that can be the message's fault. Any other ends the watcher, and the message is given back
+    # as if it had not been leased.
+    faults: type[Exception] | tuple[type[Exception], ...] = Exception
+
     def __init__(
         self, queue: str | Queue, handler: Handler, *, db: StrPath | Broker | None = None, peek: bool = False,
         after: Id = None, lease: float | None = DEFAULT_LEASE_S, max_attempts: int = DEFAULT_MAX_ATTEMPTS,
@@ -3235,8 +3239,11 @@ class QueueWatcher:
         try:
             self._handler(message, message.id)
             return True, ""
-        except Exception as error:  # noqa: BLE001 - whatever a handler raises is for the error handler
+        except self.faults as error:
             return self._failed(message, error), describe(error)
+        except Exception:
+            self._leases.nack()
+            raise
 
     def _failed(self, message: Message, error: Exception) -> bool | None:
         """Ask the error handler."""
@@ -3315,8 +3322,9 @@ def check_handler(handler: object) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """An error as a reason: its class and its text."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    """An error as a reason: its class and its text, which is enough for ours."""
+    text = f": {error}" if str(error) else ""
+    return str(error) if text and isinstance(error, BrokerError) else type(error).__name__ + text
 
 
 def backoff_s(base_s: float, attempt: int) -> float:
@@ -3862,34 +3870,18 @@ class CommandFailed(BrokerError):
     """A command of ``broker work`` ended with a status that is not 0."""
 
 
-class CommandWatcher(QueueWatcher):
-    """Trouble that is not the message's ends it: what it has leased is given back as if it had not been leased."""
-
-    def _call(self, message: Message) -> tuple[bool | None, str]:
-        try:
-            self._handler(message, message.id)
-            return True, ""
-        except CommandFailed as error:
-            return self._failed(message, error), str(error)
-        except Exception:
-            self._leases.nack()
-            raise
-
-
-class CommandMoveWatcher(CommandWatcher, QueueMoveWatcher):
-    """The same for ``broker watch --move``."""
-
-
 def run_watch(options: Options) -> None:
-    output = Output()
+    queue, after, output = options.queue(), options.after, Output()
     if options.peek and options.move:
         raise UsageError("--peek and --move exclude each other")
-    make: Callable[..., CommandWatcher] = partial(CommandWatcher, peek=bool(options.peek))
+
+    def handler(message: Message, timestamp: int) -> None:
+        output.deliver(options.format(message))
+
+    watcher = QueueWatcher(queue, handler, peek=bool(options.peek), after=after)
     if options.move:
-        make = partial(CommandMoveWatcher, dest=options.move)
-    watcher = make(
-        options.queue(), handler=lambda message, timestamp: output.deliver(options.format(message)), after=options.after
-    )
+        watcher = QueueMoveWatcher(queue, options.move, handler, after=after)
+    watcher.faults = ()
     output.stopped = lambda: watcher.stopping
     try:
         watcher.watch()
@@ -3897,8 +3889,10 @@ def run_watch(options: Options) -> None:
         pass
 
 
-class Worker(CommandWatcher):
+class Worker(QueueWatcher):
     """A thread of ``broker work``."""
+
+    faults = CommandFailed
 
     def __init__(self, job: Job, options: Options) -> None:
         super().__init__(
