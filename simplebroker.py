@@ -3436,8 +3436,7 @@ class Output:
                 pass
 
     def deliver(self, data: bytes) -> None:
-        """Write, and block until the reader of a pipe has all of it; BrokenPipeError if it has gone before,
-        InterruptedError when stopped."""
+        """Write, and block until the reader of a pipe has all of it. BrokenPipeError or InterruptedError if not."""
         if self.stopped():
             raise InterruptedError("stopped before the output was written")
         self.print([data])
@@ -3561,10 +3560,6 @@ class Options:
         """What act() returns; with --wait it is called when there may be something, until it finds some."""
         return self.queue().wait_for(act, self.wait, *self.range())
 
-    def filters(self) -> dict[str, int | None]:
-        """-m, --after and --before, for a call."""
-        return {"message_id": self.id, "after": self.after, "before": self.before}
-
     def limit(self) -> int | None:
         """How many messages the command takes; None: all."""
         return None if self.all else self.number or 1
@@ -3612,57 +3607,53 @@ def decode(data: bytes, what: str, settings: Settings) -> str:
         raise MessageError(f"{what} is not UTF-8 ({byte}): encode it, for example with base64") from None
 
 
-def message_text(operand: str, settings: Settings) -> str:
-    """The body that an operand means: itself, or standard input for '-'."""
-    if operand == "-":
-        return decode(standard_input().read(settings.max_message_size + 1), "the message", settings)
-    try:
-        data = os.fsencode(operand)
-    except UnicodeEncodeError:  # PyPy takes arguments as UTF-8 even where the locale knows ASCII only
-        data = operand.encode()
+def message_text(operand: str | None, settings: Settings) -> str:
+    """The body that an operand means: itself, or standard input for '-', or for none if it is not empty."""
+    if operand in (None, "-"):
+        data = standard_input().read(settings.max_message_size + 1)
+        if operand is None and not data:
+            raise UsageError("no MESSAGE, and standard input is empty: give '-' if an empty message is meant")
+    else:
+        try:
+            data = os.fsencode(operand)
+        except UnicodeEncodeError:  # PyPy takes arguments as UTF-8 even where the locale knows ASCII only
+            data = operand.encode()
     return decode(data, "the message", settings)
 
 
-def run_write(options: Options) -> None:
-    queue, given = options.queue(), options.operands[1:]
-    if options.lines and given:
-        raise UsageError("--lines reads standard input: give no message")
-    output = Output() if options.json or options.stamps else None
-    if options.lines:
-        write_lines(queue, options, output)
-        return
-    text = message_text((*given, "-")[0], queue.broker.settings)
-    if not given and not text:
-        raise UsageError("no MESSAGE, and standard input is empty: give '-' if an empty message is meant")
-    print_ids([queue.write(text, delay=options.delay)], options, output)
-
-
-def print_ids(ids: list[int], options: Options, output: Output | None) -> None:
-    """The ids of written messages, if they were asked for."""
-    if output is not None:
-        shape = b'{"timestamp": "%019d"}\n' if options.json else b"%019d\n"
-        output.print(shape % id for id in ids)
-
-
-def write_lines(queue: Queue, options: Options, output: Output | None) -> None:
-    """Each line of standard input is a message. What has arrived is written in one transaction."""
-    settings, source = queue.broker.settings, standard_input()
+def arriving_lines(settings: Settings) -> Iterator[list[str]]:
+    """Yield the lines of standard input, all that have arrived at once. A bad one is an error after those before it."""
+    source = standard_input()
     read = getattr(source, "raw", source).read  # raw: what is there, without waiting for more
     count, rest, ended = 0, b"", False
-    with Progress("messages written", options) as progress:
-        while not ended:
-            chunk = read(BATCH_BYTES) or b""
-            ended = not chunk
-            *lines, rest = (rest + chunk).split(b"\n")
-            lines += [rest] if rest and (ended or len(rest) > settings.max_message_size) else []
-            bodies: list[str] = []
-            try:
-                for line in lines:
-                    bodies.append(decode(line, f"line {count + len(bodies) + 1}: it", settings))
-            finally:  # those before a bad line are written
-                ids = progress.count(partial(queue.write_many, bodies, delay=options.delay))
-                print_ids(ids, options, output)
-            count += len(ids)
+    while not ended:
+        chunk = read(BATCH_BYTES) or b""
+        ended = not chunk
+        *lines, rest = (rest + chunk).split(b"\n")
+        lines += [rest] if rest and (ended or len(rest) > settings.max_message_size) else []
+        bodies: list[str] = []
+        try:
+            for line in lines:
+                count += 1
+                bodies.append(decode(line, f"line {count}: it", settings))
+        except MessageError:
+            yield bodies
+            raise
+        yield bodies
+
+
+def run_write(options: Options) -> None:
+    queue, (_, *given) = options.queue(), options.operands
+    if options.lines and given:
+        raise UsageError("--lines reads standard input: give no message")
+    settings, output = queue.broker.settings, Output() if options.json or options.stamps else None
+    shape = b'{"timestamp": "%019d"}\n' if options.json else b"%019d\n"
+    batches = arriving_lines(settings) if options.lines else [[message_text(given[0] if given else None, settings)]]
+    with Progress("messages written", options, wanted=options.lines) as progress:
+        for bodies in batches:  # each in one transaction
+            ids = progress.count(partial(queue.write_many, bodies, delay=options.delay))
+            if output is not None:
+                output.print(shape % id for id in ids)
 
 
 def run_read(options: Options) -> int:
@@ -3670,8 +3661,7 @@ def run_read(options: Options) -> int:
 
 
 def read_messages(options: Options, output: Output) -> int:
-    """Print and remove what is there; return how many. After a signal, what was delivered is removed, and the rest is
-    given back."""
+    """Print and remove what is there; return how many. A signal ends it, and what was not delivered is given back."""
     queue, (low, high), limit, count = options.queue(), options.range(), options.limit(), 0
     signals: list[int] = []  # those that told us to stop
     output.stopped = lambda: signals
@@ -3728,7 +3718,8 @@ def run_move(options: Options) -> int:
 
 def run_requeue(options: Options) -> int:
     queue, output = options.queue(), Output()
-    count = queue.requeue(options.source, options.number, **options.filters())
+    bounds = {"message_id": options.id, "after": options.after, "before": options.before}
+    count = queue.requeue(options.source, options.number, **bounds)
     output.print([b"%d\n" % count] * (count > 0))
     return count
 
@@ -3828,7 +3819,9 @@ def shown_age(seconds: float) -> str:
 
 
 def run_delete(options: Options) -> int:
-    return options.broker().delete_all() if options.all else options.queue().delete(**options.filters())
+    if options.all:
+        return options.broker().delete_all()
+    return options.queue().delete(message_id=options.id, after=options.after, before=options.before)
 
 
 def run_broadcast(options: Options) -> object:
@@ -4222,7 +4215,7 @@ def _check_operands(options: Options, spec: str) -> None:
     queues += filter(None, (options.source, options.dest, options.move))
     if len(set(queues)) < len(queues):
         raise UsageError(f"{options.name}: both names are {queues[0]!r}")
-    narrowed = any(options.filters().values())
+    narrowed = options.id or options.after or options.before
     if options.name == "delete" and (bool(options.all) == bool(queues) or (options.all and narrowed)):
         raise UsageError(f"delete takes a queue, with or without -m, --after and --before, or --all; {help}")
 
