@@ -3978,34 +3978,28 @@ class Job:
     def handle(self, message: Message, timestamp: int) -> None:
         """Run the command for a message; CommandFailed unless it ends with status 0."""
         import signal
-
-        process, timeout_s = self._start(message), self._options.timeout
-        state = self._running[process] = [time.monotonic() + timeout_s, signal.SIGTERM]
-        try:
-            status = process.wait()
-        finally:
-            del self._running[process]
-        if state[1] == signal.SIGKILL and self._signals < 2:
-            raise CommandFailed(f"timed out after {timeout_s:g}s")
-        if status:
-            raise CommandFailed(f"exit status {status}" if status > 0 else f"killed by signal {-status}")
-
-    def _start(self, message: Message) -> Any:
         import subprocess
         import tempfile
 
-        _, *command = self._options.operands
+        options, (_, *command) = self._options, self._options.operands
         environ = dict(self._environ, BROKER_QUEUE=message.queue, BROKER_MESSAGE_ID=shown_id(message.id))
         environ["BROKER_ATTEMPT"] = str(message.attempt)
         # The body is in a file before the command starts: if we are killed, it does not see half of it.
         with tempfile.TemporaryFile() as body:
-            body.write(message.encode() if self._options.exact else self._options.format(message))
+            body.write(message.encode() if options.exact else options.format(message))
             body.seek(0)
             try:  # a session of its own, so that Ctrl-C in a terminal stops the worker and not the command
-                return subprocess.Popen(command, stdin=body, env=environ, start_new_session=True)
+                process = subprocess.Popen(command, stdin=body, env=environ, start_new_session=True)
             except OSError as error:
-                what = f"cannot start {shown(command[0])} or its interpreter"
-                raise BrokerError(f"{what}: {error.strerror}") from error
+                what = f"{shown(command[0])} or its interpreter"
+                raise BrokerError(f"cannot start {what}: {error.strerror}") from error
+        state = self._running[process] = [time.monotonic() + options.timeout, signal.SIGTERM]
+        status = process.wait()
+        del self._running[process]
+        if state[1] == signal.SIGKILL and self._signals < 2:
+            raise CommandFailed(f"timed out after {options.timeout:g}s")
+        if status:
+            raise CommandFailed(f"exit status {status}" if status > 0 else f"killed by signal {-status}")
 
     def failed(self, error: BaseException, message: Message, timestamp: int) -> bool | None:
         """The error handler: give back at once when the commands were ended, else with a delay."""
