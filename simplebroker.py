@@ -3371,6 +3371,7 @@ class StopSignals:
 DONE, ERROR, NOTHING = 0, 1, 2
 FLUSH_BYTES = 1 << 16
 PIPE_BYTES = 4096  # can be written without blocking when poll() reports room
+PATIENCE_S = 2.0  # a pipe that nobody reads from for so long is written like a file: its reader may await our end
 JOIN_S = 0.1  # how often `work` looks whether it is time to end its commands
 KILL_AFTER_S = 5.0  # between asking a command of `work` to end, and killing it
 
@@ -3389,10 +3390,6 @@ class Output:
     A message counts as delivered when it was flushed; in a pipe on Linux, when it was read from the pipe. So
     ``read --all | head -20`` removes 20.
     """
-
-    # A pipe that nobody has read from for so long is written like a file: its reader may await our end. After a signal
-    # no reader is awaited for longer.
-    PATIENCE_S = 2.0
 
     def __init__(self) -> None:
         if sys.stdout is None:
@@ -3442,7 +3439,7 @@ class Output:
         self.print([data])
         while unread := self._unread():
             waited_s = time.monotonic() - self._flushed_at
-            if unread >= self._written and waited_s > self.PATIENCE_S:
+            if unread >= self._written and waited_s > PATIENCE_S:
                 self._is_pipe = False
             elif waited_s < 0.001:  # most readers are quick
                 os.sched_yield()
@@ -3458,7 +3455,8 @@ class Output:
         return int.from_bytes(fcntl.ioctl(self._fd, termios.FIONREAD, b"\0\0\0\0"), sys.byteorder)
 
     def _poll(self, seconds: float, *, for_room: bool) -> bool:
-        """Wait until there is room, or nobody reads any more; False after so long. InterruptedError when stopped."""
+        """Wait until there is room, or nobody reads any more; False after so long. InterruptedError when it is time to
+        end and the reader has had its time."""
         import select
 
         poll = select.poll()
@@ -3466,16 +3464,14 @@ class Output:
         if poll.poll(1000 * seconds):
             return True
         self.when_slow()
-        if self.stopped() and time.monotonic() - self._flushed_at > self.PATIENCE_S:
+        if self.stopped() and time.monotonic() - self._flushed_at > PATIENCE_S:
             raise InterruptedError("stopped before the output was read")
         return False
 
 
 class Progress:
-    """``with Progress(...) as progress:`` a running count on standard error, if that is a terminal and not --quiet.
-
-    Its last number is the true one.
-    """
+    """``with Progress(...) as progress:`` a running count on standard error, if that is a terminal and not --quiet. Its
+    last number is the true one."""
 
     def __init__(self, what: str, options: Options, *, wanted: object = True, after_s: float = 0.5) -> None:
         self._what, self._count, self._next_at = what, 0, time.monotonic() + after_s
@@ -3794,10 +3790,7 @@ def run_top(options: Options) -> None:
 def top_lines(
     queues: dict[str, Stats], before: dict[str, Stats] | None, seconds: float, now: int, width: int = 1000
 ) -> list[str]:
-    """The lines of ``top``, the fullest queue first, not wider than the terminal.
-
-    The change per second is what came less what went between two looks; None before the second one.
-    """
+    """The lines of ``top``, the fullest queue first. A change is what came less what went since the look before."""
     room = max(5, min(max(map(len, queues), default=0), max(16, width - 54)))
     rows: list[tuple[object, ...]] = [TOP_TITLES]
     most = max([1, *(stats.ready for stats in queues.values())])
@@ -4127,6 +4120,10 @@ WITHOUT_DATABASE = {
     **dict.fromkeys(("move", "rename", "requeue", "delete", "--status"), NOTHING), "--vacuum": DONE,
     **dict.fromkeys(("ack", "release", "extend", "dead-letter"), ERROR),
 }  # fmt: skip
+HELP_END = """\
+Exit status: 0 done; 1 error; 2 nothing there (queue empty, no match).
+TS is a 19-digit id, an ISO 8601 time, or Unix time. DURATION is 90, 90s, 5m, 2h, 1d or 250ms.
+BROKER_BUSY_TIMEOUT, BROKER_SYNC_MODE and other settings: see README.md."""
 
 
 def parse_arguments(argv: Sequence[str]) -> Options:
@@ -4250,12 +4247,6 @@ def _make_parser(name: str, names: Iterable[str]) -> argparse.ArgumentParser:
             more["action"] = "append"
         parser.add_argument(*flags.split(), dest=option, help=about, **more)
     return parser
-
-
-HELP_END = """\
-Exit status: 0 done; 1 error; 2 nothing there (queue empty, no match).
-TS is a 19-digit id, an ISO 8601 time, or Unix time. DURATION is 90, 90s, 5m, 2h, 1d or 250ms.
-BROKER_BUSY_TIMEOUT, BROKER_SYNC_MODE and other settings: see README.md."""
 
 
 # ---------------------------------------------------------------------------------------------------
