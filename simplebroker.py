@@ -3371,7 +3371,7 @@ class StopSignals:
 DONE, ERROR, NOTHING = 0, 1, 2
 FLUSH_BYTES = 1 << 16
 PIPE_BYTES = 4096  # can be written without blocking when poll() reports room
-PATIENCE_S = 2.0  # a pipe that nobody reads from for so long is written like a file: its reader may await our end
+PATIENCE_S = 1.0  # that a message may stay unread in a pipe, if there is one only, or after a signal
 JOIN_S = 0.1  # how often `work` looks whether it is time to end its commands
 KILL_AFTER_S = 5.0  # between asking a command of `work` to end, and killing it
 
@@ -3401,6 +3401,8 @@ class Output:
         self._is_pipe = stat.S_ISFIFO(mode) and sys.platform == "linux"
         self._unsent = bytearray()
         self._written, self._flushed_at = 0, 0.0
+        # After so long a pipe that nobody has read from at all is written like a file: its reader may await our end.
+        self.patience_s = float("inf")
         self.stopped: Callable[[], object] = bool  # is it time to end?
         self.when_slow: Callable[[], object] = bool  # called when the reader takes its time
 
@@ -3439,7 +3441,7 @@ class Output:
         self.print([data])
         while unread := self._unread():
             waited_s = time.monotonic() - self._flushed_at
-            if unread >= self._written and waited_s > PATIENCE_S:
+            if unread >= self._written and waited_s > self.patience_s:
                 self._is_pipe = False
             elif waited_s < 0.001:  # most readers are quick
                 os.sched_yield()
@@ -3661,6 +3663,7 @@ def read_messages(options: Options, output: Output) -> int:
     queue, (low, high), limit, count = options.queue(), options.range(), options.limit(), 0
     signals: list[int] = []  # those that told us to stop
     output.stopped = lambda: signals
+    output.patience_s = PATIENCE_S if limit == 1 else 5 * PATIENCE_S
     progress = Progress("messages read", options, wanted=options.all and output.is_file)
     try:
         with progress, StopSignals(signals.append), LeasesInFlight(queue, lazy=True) as leases:
@@ -3684,15 +3687,14 @@ def read_messages(options: Options, output: Output) -> int:
 
 
 def run_peek(options: Options) -> int:
-    queue, limit, output, held = options.queue(), options.limit(), Output(), bool(options.held)
-    low, high = options.range()
+    queue, (low, high), limit, output = options.queue(), options.range(), options.limit(), Output()
 
     def peek() -> int:
-        found: Iterable[Message | None] = queue.peek_all(after=low, before=high, held=held)
+        found: Iterable[Message | None] = queue.peek_all(after=low, before=high, held=bool(options.held))
         if options.id is not None:  # finds held messages too
             found = [queue.peek(message_id=options.id, after=low, before=high)]
         elif limit is not None:
-            found = queue.peek_many(limit, after=low, before=high, held=held)
+            found = queue.peek_many(limit, after=low, before=high, held=bool(options.held))
         return output.print(options.format(message) for message in found if message is not None)
 
     return options.wait_for(peek)
@@ -3836,8 +3838,7 @@ def run_load(options: Options) -> None:
 
     broker, source = options.broker(), standard_input()
     with tempfile.TemporaryFile() as spool, Progress("lines read", options) as progress:
-        if not stat.S_ISREG(file_mode(source)):
-            # Other writers wait during the load: let them not wait for whoever fills the pipe.
+        if not stat.S_ISREG(file_mode(source)):  # other writers wait during the load, but for nobody who fills a pipe
             shutil.copyfileobj(source, spool)
             spool.seek(0)
             source = spool
