@@ -4011,7 +4011,7 @@ class GrammarTest(CommandTest):
     def test_an_error_names_the_value_and_the_remedy_and_quiet_hides_none(self) -> None:
         """(case 44, trap 23)"""
         self.assertLines(
-            ("wirte read x", "'wirte' mean 'write'"), ("stats list", "'stats'"), ("read q -n 0", "-n: '0'"),
+            ("wirte read x", "'wirte' mean 'write'"), ("stats list", "'stats'"), ("read q -n 0", "-n '0'"),
             "-f some.db init", ("-q -f some.db ack q x", "'x' ID.TOKEN"), ("-q nonsense", "'nonsense' help"),
             ("-q write q a b", "'b' quote"), ("-q write q --clean", "'--clean' '--'"), ("-q read a/b", "'a/b' letters"),
             ("-q read q --after yesterday", "'yesterday' 2024-01-15"), ("-q work q", "QUEUE CMD"),
