@@ -3647,11 +3647,14 @@ def run_write(options: Options) -> None:
     settings, output = queue.broker.settings, Output() if options.json or options.stamps else None
     shape = b'{"timestamp": "%019d"}\n' if options.json else b"%019d\n"
     batches = arriving_lines(settings) if options.lines else [[message_text(given[0] if given else None, settings)]]
-    with Progress("messages written", options, wanted=options.lines) as progress:
-        for bodies in batches:  # each in one transaction
-            ids = progress.count(partial(queue.write_many, bodies, delay=options.delay))
-            if output is not None:
-                output.print(shape % id for id in ids)
+    try:
+        with Progress("messages written", options, wanted=options.lines) as progress:
+            for bodies in batches:  # each in one transaction
+                ids = progress.count(partial(queue.write_many, bodies, delay=options.delay))
+                if output is not None:
+                    output.print(shape % id for id in ids)
+    except BrokenPipeError as error:
+        raise OperationalError(f"nobody reads the ids: the last message written is {shown_id(ids[-1])}") from error
 
 
 def run_read(options: Options) -> int:
@@ -3768,6 +3771,8 @@ TOP_PAUSE_S = 0.5  # between two looks, if something changes all the time
 
 def run_top(options: Options) -> None:
     """Redraw at each change, at most twice a second and at least every other second; without a terminal once."""
+    import shutil
+
     broker, output = options.broker(), Output()
     queues, seen_at = broker.queues(options.pattern), time.monotonic()
     if not sys.stdout.isatty():
@@ -3778,7 +3783,7 @@ def run_top(options: Options) -> None:
             output.print([b"\x1b[?1049h\x1b[?25l"])  # a screen of its own, without the cursor
             while True:
                 before, queues, last, seen_at = queues, broker.queues(options.pattern), seen_at, time.monotonic()
-                width, height = os.get_terminal_size(sys.stdout.fileno())
+                width, height = shutil.get_terminal_size()  # (0x0, as of a serial line, counts as 80x24)
                 lines = top_lines(queues, before, seen_at - last, broker.clock(), width)
                 if len(lines) > height:
                     lines[height - 1 :] = [f"and {len(lines) - height + 1} more queues"[:width]]
@@ -3847,7 +3852,7 @@ def run_load(options: Options) -> None:
 
 def run_init(options: Options) -> None:
     settings = Settings.from_environment()
-    here = options.dir if options.dir or options.file else settings.db_location or os.getcwd()
+    here = options.dir if options.dir is not None or options.file else settings.db_location or os.getcwd()
     options.opened = Broker(database_path(settings, here, options.file), settings=settings)
     with options.opened.transaction():
         pass
@@ -4071,7 +4076,7 @@ OPTIONS: dict[str, tuple[str, str, Callable[[str], object], str]] = {
     "stats": ("--stats", "", bool, "also the total, leased and delayed"),
     "pattern": ("-p --pattern", "GLOB", str, "only queues that match"),
     "queues": ("--queue", "NAME...", str, "to this queue, made if need be; again for more"),
-    "jobs": ("-j --jobs", "N", _count, "commands at once (1)"),
+    "jobs": ("-j --jobs", "N", _whole(1, 1000), "commands at once (1)"),
     "timeout": ("--timeout", "DURATION", parse_duration, "end a command after that"),
     "exact": ("--exact", "", bool, "give it the body byte for byte, without a newline"),
     "max_attempts": ("--max-attempts", "N", _count, "then dead-letter (5)"),
@@ -4207,7 +4212,7 @@ def _check_operands(options: Options, spec: str) -> None:
     queues += filter(None, (options.source, options.dest, options.move))
     if len(set(queues)) < len(queues):
         raise UsageError(f"{options.name}: both names are {queues[0]!r}")
-    narrowed = options.id or options.after or options.before
+    narrowed = any(value is not None for value in (options.id, options.after, options.before))
     if options.name == "delete" and (bool(options.all) == bool(queues) or (options.all and narrowed)):
         raise UsageError(f"delete takes a queue, with or without -m, --after and --before, or --all; {help}")
 
@@ -4261,8 +4266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_command(sys.argv[1:] if argv is None else list(argv))
     except BrokenPipeError:
         return DONE
-    except (BrokerError, ValueError, OSError) as error:
-        complain(f"error: {error}")
+    except (BrokerError, ValueError, OSError, MemoryError, ImportError) as error:
+        complain(f"error: {str(error) or type(error).__name__}")
         return ERROR
     except KeyboardInterrupt:
         return 128 + 2  # as shells report SIGINT
