@@ -3978,7 +3978,7 @@ class GrammarTest(CommandTest):
         self.queue("q", ["precious"])
         lines = ["write q --clean", "--clean", "--vers", "write q -x", "write q --js", "write q -1.5", "write q -0"]
         lines += [f"{first} {second}" for first in ACTIONS for second in ACTIONS if first != second]
-        lines += [f"delete {words}" for words in ("", "q --all", "q -m 1", f"-m {1:019}", f"--all -m {1:019}")]
+        lines += [f"delete {words}" for words in ("", "q --all", "q -m 1", f"-m {1:019}", f"--all -m {1:019}", "--all --before 0")]
         for action in ACTIONS:
             lines += [f"write q {action}", f"write {action} q", f"{action} write q", f"{action} list", f"{action} q"]
             lines += [f"list {action}", f"{action} delete --all"]
@@ -4137,6 +4137,8 @@ class SurroundingsTest(CommandTest):
                 done = self.cli(*line.split(), stdout=writer, stderr=subprocess.PIPE, capture_output=False)
                 self.assertEqual((done.returncode, done.stderr), (0, b""))
         self.assertEqual([self.queue(name).count() for name in "qrstu"], [100, 100, 100, 100, 0])
+        done = self.cli("write", "v", "--lines", "-t", input=b"x\n" * 2000, stdout=writer, capture_output=False)
+        self.assertEqual((done.returncode, self.queue("v").count() > 0), (1, True))  # it does not write to the end
 
     def test_output_that_cannot_be_written_is_an_error_and_the_message_stays(self) -> None:
         self.queue("q", "ab")
@@ -4520,6 +4522,8 @@ class TopTest(CommandTest):
         screen = self.screens(mine, 3)[-1]
         self.assertTrue(len(screen) == 10 and max(map(len, screen)) <= 40, screen)
         self.assertRegex(screen[-1], r"^and \d+ more queues$")
+        self.resize(mine, 0, 0)  # as of a serial line, which does not tell
+        self.assertGreater(len(self.screens(mine, 3)[-1]), 10)
         child.send_signal(signal.SIGINT)
         self.assertTrue(self.read_until(mine).endswith(b"\x1b[?25h\x1b[?1049l"))
         self.assertEqual(child.wait(DEADLINE_S), 0)
