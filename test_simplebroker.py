@@ -4137,7 +4137,8 @@ class SurroundingsTest(CommandTest):
                 done = self.cli(*line.split(), stdout=writer, stderr=subprocess.PIPE, capture_output=False)
                 self.assertEqual((done.returncode, done.stderr), (0, b""))
         self.assertEqual([self.queue(name).count() for name in "qrstu"], [100, 100, 100, 100, 0])
-        done = self.cli("write", "v", "--lines", "-t", input=b"x\n" * 2000, stdout=writer, capture_output=False)
+        streams = {"stdout": writer, "stderr": subprocess.DEVNULL, "capture_output": False}
+        done = self.cli("write", "v", "--lines", "-t", input=b"x\n" * 2000, **streams)
         self.assertEqual((done.returncode, self.queue("v").count() > 0), (1, True))  # it does not write to the end
 
     def test_output_that_cannot_be_written_is_an_error_and_the_message_stays(self) -> None:
