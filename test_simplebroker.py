@@ -3978,7 +3978,8 @@ class GrammarTest(CommandTest):
         self.queue("q", ["precious"])
         lines = ["write q --clean", "--clean", "--vers", "write q -x", "write q --js", "write q -1.5", "write q -0"]
         lines += [f"{first} {second}" for first in ACTIONS for second in ACTIONS if first != second]
-        lines += [f"delete {words}" for words in ("", "q --all", "q -m 1", f"-m {1:019}", f"--all -m {1:019}", "--all --before 0")]
+        one = f"-m {1:019}"
+        lines += [f"delete {words}" for words in ("", "q --all", "q -m 1", one, f"--all {one}", "--all --before 0")]
         for action in ACTIONS:
             lines += [f"write q {action}", f"write {action} q", f"{action} write q", f"{action} list", f"{action} q"]
             lines += [f"list {action}", f"{action} delete --all"]
