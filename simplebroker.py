@@ -2521,11 +2521,12 @@ class Queue:
         when the caller crashes. ``wait``: block up to that many seconds for one (math.inf: forever).
         """
         low, high = id_range(message_id, after, before)
-        return self._first(lambda: self._take(low, high, 1), wait, low, high)
+        found = self.wait_for(lambda: self._remove(low, high, 1), wait, low, high)
+        return found[0] if found else None
 
     def read_many(self, limit: int, *, after: Id = None, before: Id = None) -> list[Message]:
         """Remove up to ``limit`` ready messages in one transaction and return them (at most once)."""
-        return self._take(*id_range(None, after, before), check_limit(limit))
+        return self._remove(*id_range(None, after, before), check_limit(limit))
 
     def read_all(
         self, *, after: Id = None, before: Id = None, lease: float = DEFAULT_LEASE_S
@@ -2547,37 +2548,38 @@ class Queue:
                         raise
                     leases.ack(message)
 
-    def _take(self, low: int, high: int, limit: int) -> list[Message]:
+    def _remove(self, low: int, high: int, limit: int) -> list[Message]:
         """Remove and return the first ready messages between two ids."""
 
-        def take(run: Run) -> list[Message]:
-            rows = self._select_ready(run, low, high, limit)
-            if rows:
-                last = rows[-1][0]
-                if last == rows[-1][4]:
-                    run(RECORD_NEWEST)
-                if len(rows) == 1:
-                    run(DELETE_MESSAGE, (last,))
-                else:
-                    run(DELETE_READY, (self.name, low, last + 1))
+        def remove(run: Run, rows: list[Any]) -> list[Message]:
+            first, last = rows[0][0], rows[-1][0]
+            if last == rows[-1][4]:
+                run(RECORD_NEWEST)
+            run(DELETE_READY, (self.name, first - 1, last + 1))
             return [Message(body, id, self.name, attempt, None, reason) for id, body, attempt, reason, *_ in rows]
 
         try:
-            return self.broker.transact(take)
+            return self._claim(low, high, limit, remove)
         except NotSynced as error:  # they are removed, and nobody else has them
             log_warning("read, but %s", error)
             messages: list[Message] = error.result
             return messages
 
-    def _select_ready(self, run: Run, low: int, high: int, limit: int) -> list[Any]:
-        """The first ready rows between two ids, after what is due became ready."""
-        now = self.broker.clock()
-        select = (self.name, now, self.name, low, high, limit)
-        rows: list[Any] = run(SELECT_READY, select, fetch=True)
-        if not rows or rows[0][5]:
-            run(PROMOTE_DUE, (self.name, now, low, high, max(limit, MAX_PROMOTED)))
+    def _claim(
+        self, low: int, high: int, limit: int, act: Callable[[Run, list[Any]], list[Message]], durable: bool = True
+    ) -> list[Message]:
+        """Call act(run, rows) in a transaction with the first ready rows between two ids, if there are any."""
+
+        def claim(run: Run) -> list[Message]:
+            now = self.broker.clock()
+            select = (self.name, now, self.name, low, high, limit)
             rows = run(SELECT_READY, select, fetch=True)
-        return rows
+            if not rows or rows[0][5]:  # something may have become due
+                run(PROMOTE_DUE, (self.name, now, low, high, max(limit, MAX_PROMOTED)))
+                rows = run(SELECT_READY, select, fetch=True)
+            return act(run, rows) if rows else []
+
+        return self.broker.transact(claim, durable)
 
     # -- peek: removes nothing
 
@@ -2585,7 +2587,7 @@ class Queue:
         """Return the first ready message, or None; nothing is removed. By id, held ones are seen too."""
         low, high = id_range(message_id, after, before)
         if message_id is None:
-            return next(iter(self._peek(low, high, 1)), None)
+            return next(self._peek(low, high, 1), None)
         return next(map(self._message, self.broker.run(SELECT_ANY, (self.name, low, high))), None)
 
     def peek_many(self, limit: int, *, after: Id = None, before: Id = None, held: bool = False) -> list[Message]:
@@ -2593,11 +2595,10 @@ class Queue:
 
         ``held``: leased and delayed ones too, by id; see Message.state, due, attempt and reason.
         """
-        low, high = id_range(None, after, before)
         limit = check_limit(limit)
         if held:
-            return [message for _, message in zip(range(limit), self.peek_all(after=low, before=high, held=True))]
-        return self._peek(low, high, limit)
+            return [message for _, message in zip(range(limit), self.peek_all(after=after, before=before, held=True))]
+        return list(self._peek(*id_range(None, after, before), limit))
 
     def peek_all(self, *, after: Id = None, before: Id = None, held: bool = False) -> Iterator[Message]:
         """Iterate over the ready messages, by id: none is skipped while others are removed. ``held`` as above."""
@@ -2605,10 +2606,9 @@ class Queue:
         due_by = 2**63 - 1 if held else self.broker.clock()
         return map(self._message, walk(self.broker.run, self.name, low, high, due_by))
 
-    def _peek(self, low: int, high: int, limit: int) -> list[Message]:
+    def _peek(self, low: int, high: int, limit: int) -> Iterator[Message]:
         ready, due = (self.name, low, high, limit), (self.name, self.broker.clock(), low, high)
-        rows = self.broker.run(SELECT_PEEK, (*ready, *due, max(limit, MAX_PROMOTED), limit))
-        return [self._message(row) for row in rows]
+        return map(self._message, self.broker.run(SELECT_PEEK, (*ready, *due, max(limit, MAX_PROMOTED), limit)))
 
     def _message(self, row: Sequence[Any]) -> Message:
         id, body, attempt, reason, held_until, leased = row
@@ -2628,34 +2628,24 @@ class Queue:
         pause = MAX_SLEEP_S if due is None else max(MIN_SLEEP_S, min(MAX_SLEEP_S, (due - now) / NS))
         return bool(pending), pause
 
-    def _sleep_until_pending(self, deadline: float, low: int, high: int) -> None:
-        """Block until a message between two ids is ready, but not longer than to a monotonic time."""
-        if self.look(low, high)[0]:  # then no notifier is needed
-            return
-        with self.broker.waiter() as waiter:
-            while True:
-                pending, pause = self.look(low, high)
-                left = deadline - time.monotonic()
-                if pending or left <= 0:
-                    return
-                waiter.wait(min(pause, left))
-
     def wait_for(self, act: Callable[[], T], wait: float | None, low: int = 0, high: int = MAX_ID + 1) -> T:
         """Call act() and return its result. ``wait`` seconds: again when a message between two ids is ready, until the
         result is true or the time is over."""
         if wait is not None and (isinstance(wait, bool) or not wait >= 0):
             raise ValueError(f"wait is a number of seconds from 0, not {wait!r}")
-        deadline = time.monotonic() + (wait or 0)
-        while True:
-            result = act()
-            if result or wait is None or time.monotonic() >= deadline:
-                return result
-            self._sleep_until_pending(deadline, low, high)
-
-    def _first(self, take: Callable[[], list[Message]], wait: float | None, low: int, high: int) -> Message | None:
-        """What take() finds, before the wait is over. Who waits takes the writer lock only when there is something."""
-        found = self.wait_for(lambda: take() if wait is None or self.look(low, high)[0] else [], wait, low, high)
-        return found[0] if found else None
+        result = act()
+        if result or not wait:
+            return result
+        deadline = time.monotonic() + wait
+        with self.broker.waiter() as waiter:
+            while True:
+                pending, pause = self.look(low, high)
+                left = deadline - time.monotonic()
+                if pending:
+                    result = act()
+                if result or left <= 0:
+                    return result
+                waiter.wait(min(pause, left))
 
     def is_drained(self, low: int = 0) -> bool:
         """Is no message above an id ready, leased or waiting for its next attempt?"""
@@ -2684,7 +2674,8 @@ class Queue:
         """
         low, high = id_range(message_id, after, before)
         lease_ns = to_ns(seconds, "lease")
-        return self._first(lambda: self.lease_many(lease_ns, low, high, 1), wait, low, high)
+        found = self.wait_for(lambda: self.lease_many(lease_ns, low, high, 1), wait, low, high)
+        return found[0] if found else None
 
     def lease_many(self, lease_ns: int, low: int, high: int, limit: int) -> list[Message]:
         """Lease the first ready messages between two ids; LeasesInFlight.take() also keeps the leases alive.
@@ -2693,19 +2684,17 @@ class Queue:
         must not use up their attempts with it.
         """
 
-        def take(run: Run) -> list[Message]:
-            rows = self._select_ready(run, low, high, limit)
-            fresh = next((n for n, row in enumerate(rows) if row[2]), len(rows))
+        def lease(run: Run, rows: list[Any]) -> list[Message]:
+            fresh = next((number for number, row in enumerate(rows) if row[2]), len(rows))
             rows = rows[: max(1, fresh)]
             until, token = self.broker.clock() + lease_ns, int.from_bytes(os.urandom(8), "big") >> 1
-            if rows:
-                run(LEASE_READY, (until, token, self.name, low, rows[-1][0] + 1))
+            run(LEASE_READY, (until, token, self.name, rows[0][0] - 1, rows[-1][0] + 1))
             return [
                 Message(body, id, self.name, attempt + 1, token, reason, until, "leased")
                 for id, body, attempt, reason, *_ in rows
             ]
 
-        return self.broker.transact(take, durable=False)
+        return self._claim(low, high, limit, lease, durable=False)
 
     def ack(self, message: Message) -> None:
         """Acknowledge: remove a message that you leased. LeaseLost if someone else has it now.
@@ -2771,7 +2760,8 @@ class Queue:
         It keeps its id, so it takes the place among the others there that its age gives it. Its attempts
         count from 0 again, and its reason is forgotten.
         """
-        return next(iter(self._move(dest, *id_range(message_id, after, before), 1)), None)
+        low, high = id_range(message_id, after, before)
+        return next(iter(self._move(dest, low, high, 1)), None)
 
     def move_many(self, dest: str, limit: int, *, after: Id = None, before: Id = None) -> list[Message]:
         """Move up to ``limit`` ready messages in one transaction and return them."""
@@ -2819,13 +2809,11 @@ class Queue:
         if check_queue_name(dest) == self.name:
             raise ValueError(f"source and destination are the same queue, {dest!r}")
 
-        def move(run: Run) -> list[Message]:
-            rows = self._select_ready(run, low, high, limit)
-            if rows:
-                run(MOVE_READY, (dest, self.name, low, rows[-1][0] + 1))
-            return [Message(row[1], row[0], dest) for row in rows]
+        def move(run: Run, rows: list[Any]) -> list[Message]:
+            run(MOVE_READY, (dest, self.name, rows[0][0] - 1, rows[-1][0] + 1))
+            return [Message(body, id, dest) for id, body, *_ in rows]
 
-        return self.broker.transact(move)
+        return self._claim(low, high, limit, move)
 
     def delete(self, *, message_id: Id = None, after: Id = None, before: Id = None) -> int:
         """Remove one message, those between two ids, or all of the queue; return how many were removed.
