@@ -279,17 +279,6 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
-def _one_of(**words: object) -> Callable[[str], Any]:
-    """A rule that takes certain words, in either case, and gives what they stand for."""
-
-    def rule(text: str) -> object:
-        if text.upper() not in words:
-            raise ValueError(text)
-        return words[text.upper()]
-
-    return rule
-
-
 def _file_or_url(text: str) -> str:
     outside = os.path.isabs(text) or ".." in text.replace("\\", "/").split("/")
     if not text or has_controls(text) or (outside and not url_scheme(text)):
@@ -314,18 +303,19 @@ def url_scheme(text: str) -> str:
     return scheme if separator and scheme.isascii() and scheme.isalnum() else ""
 
 
-_flag = _one_of(**{"1": True, "TRUE": True, "YES": True, "0": False, "FALSE": False, "NO": False, "": False})
+_SYNC_MODES = {"FULL": "FULL", "NORMAL": "NORMAL", "OFF": "OFF"}
+_FLAGS = {"1": True, "TRUE": True, "YES": True, "0": False, "FALSE": False, "NO": False, "": False}
 _RULES: tuple[tuple[str, str, object, Callable[[str], Any], str], ...] = (
     # attribute, environment variable, default, rule, what is allowed
     ("busy_timeout_ms", "BROKER_BUSY_TIMEOUT", 5000, _whole(0, 2**31 - 1), "whole milliseconds, such as 5000"),
-    ("sync_mode", "BROKER_SYNC_MODE", "FULL", _one_of(FULL="FULL", NORMAL="NORMAL", OFF="OFF"), "FULL, NORMAL or OFF"),
+    ("sync_mode", "BROKER_SYNC_MODE", "FULL", lambda text: _SYNC_MODES[text.upper()], "FULL, NORMAL or OFF"),
     ("cache_mb", "BROKER_CACHE_MB", 10, _whole(1, 65536), "whole megabytes from 1"),
     ("wal_autocheckpoint", "BROKER_WAL_AUTOCHECKPOINT", 2000, _whole(1, 10**9), "a whole number of pages from 1"),
     ("max_message_size", "BROKER_MAX_MESSAGE_SIZE", 10 << 20, _whole(1, 10**9), "whole bytes from 1 to 1000000000"),
     ("max_interval_s", "BROKER_MAX_INTERVAL", 0.1, _seconds, "seconds from 0.001 to 60"),
     ("db_name", "BROKER_DEFAULT_DB_NAME", ".broker.db", _file_or_url, "a relative file name without '..', or a URL"),
     ("db_location", "BROKER_DEFAULT_DB_LOCATION", None, _directory, "an absolute directory"),
-    ("project_scope", "BROKER_PROJECT_SCOPE", False, _flag, "1 or 0"),
+    ("project_scope", "BROKER_PROJECT_SCOPE", False, lambda text: _FLAGS[text.upper()], "1 or 0"),
 )
 
 
@@ -362,23 +352,18 @@ class Settings(namedtuple("Settings", "busy_timeout_ms sync_mode cache_mb wal_au
     db_location: str | None
     project_scope: bool
 
-    def __new__(
-        cls, environ: Mapping[str, str] | None = None, *, busy_timeout_ms: int | None = None,
-        sync_mode: str | None = None, cache_mb: int | None = None, wal_autocheckpoint: int | None = None,
-        max_message_size: int | None = None, max_interval_s: float | None = None, db_name: str | None = None,
-        db_location: str | None = None, project_scope: bool | None = None,
-    ) -> Settings:  # fmt: skip
-        given, values = locals(), []
+    def __new__(cls, environ: Mapping[str, str] | None = None, **given: object) -> Settings:
+        values = []
         for attribute, variable, default, rule, allowed in _RULES:
-            name, value = attribute, given[attribute]
+            name, value = attribute, given.pop(attribute, None)
             if value is None:
-                value = default
-                if environ is not None and variable in environ:
-                    name, value = variable, environ[variable]
+                name, value = variable, (environ or {}).get(variable, default)
             try:
                 values.append(rule("" if value is None else str(value)))
-            except ValueError:
+            except (ValueError, KeyError):
                 raise UsageError(f"{name}={shown(value)}: must be {allowed}") from None
+        if given:
+            raise TypeError(f"there is no setting {min(given)!r}: use {', '.join(cls._fields)}")
         return cls._make(values)
 
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, object]]:  # copies and pickles

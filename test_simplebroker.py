@@ -537,6 +537,7 @@ class SettingsTest(CoreTest):
                         Settings(environ, **keywords)
                     self.assertIn(f"{name}={value!r}", str(caught.exception))
         self.assertRaisesRegex(UsageError, r"\A.{9,150}\Z", Settings, {"BROKER_CACHE_MB": "9" * 5000})
+        self.assertRaisesRegex(TypeError, "'sync'.* sync_mode", Settings, sync="FULL")
 
     def test_every_setting_comes_from_its_keyword_or_its_variable_or_is_the_default(self) -> None:
         texts = ("0", "Off", "65536", "1", "1000000000", "60", "a/x..y", "/x", "yes")
