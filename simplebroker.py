@@ -2853,8 +2853,7 @@ class LeasesInFlight:
         self._period_s, self._lazy = seconds / 3, lazy
         self.next_at = float("inf")  # monotonic time of the next extension; see Notifier
         self._queue, self._pid = queue, os.getpid()
-        # Guards _messages: what is leased and not done. Held only to change or copy it, by anyone.
-        self._guard = threading.RLock()
+        # What is leased and not done. The notifier lists it while its owner changes it: both are one step.
         self._messages: dict[int, Message] = {}
         self._size, self._taken_at = 1, 0.0
         self._last: list[Message] = []
@@ -2885,25 +2884,18 @@ class LeasesInFlight:
         while fast. ``look``: without the writer lock first."""
         if look and not self._queue.look(low, high)[0]:
             return []
-        self._pid = os.getpid()  # whose leases they are: a forked child leaves them to its parent
-        self._last = self._queue.lease_many(self._lease_ns, low, high, limit or self._adapted_size())
-        with self._guard:
-            self._messages.update((message.id, message) for message in self._last)
-        return self._last
-
-    def _adapted_size(self) -> int:
         now = time.monotonic()
-        if now - self._taken_at > FAST_BATCH_S:
-            self._size = max(1, self._size // 2)
-        else:
-            self._size = next_batch_size(self._size, self._last)
+        fast = now - self._taken_at <= FAST_BATCH_S
+        self._size = next_batch_size(self._size, self._last) if fast else max(1, self._size // 2)
         self._taken_at = now
-        return self._size
+        self._pid = os.getpid()  # whose leases they are: a forked child leaves them to its parent
+        self._last = self._queue.lease_many(self._lease_ns, low, high, limit or self._size)
+        self._messages.update({message.id: message for message in self._last})
+        return self._last
 
     def done(self, message: Message) -> bool:
         """Extend it no longer: the owner acknowledges, releases or moves it now. False if that was done before."""
-        with self._guard:
-            return self._messages.pop(message.id, None) is not None
+        return self._messages.pop(message.id, None) is not None
 
     def ack(self, *messages: Message) -> None:
         """Acknowledge, in one transaction. Lost leases are logged: someone else has those messages."""
@@ -2925,11 +2917,10 @@ class LeasesInFlight:
 
     def release(self, message: Message, *, delay: float | None = None, reason: str | None = None) -> None:
         """Give one back, as Queue.release(); a lost lease is logged."""
-        if self._pid != os.getpid():
-            return
-        self.settle(message, partial(self._queue.release, message, delay=delay, reason=reason))
+        if self._pid == os.getpid():
+            self.settle(message, partial(self._queue.release, message, delay=delay, reason=reason))
 
-    def settle(self, message: Message, act: Callable[[], object], said: str = "") -> bool:
+    def settle(self, message: Message, act: Callable[[], object]) -> bool:
         """Call what ends a lease, unless it has ended already; False if the lease was lost, which is logged."""
         try:
             if not self.done(message):
@@ -2937,39 +2928,36 @@ class LeasesInFlight:
             act()
             return True
         except LeaseLost as error:
-            log_warning("queue %s: %s%s", self._queue.name, said, error)
+            log_warning("queue %s: %s", self._queue.name, error)
             return False
 
     def nack(self) -> None:
         """Give back what was taken and is not done, at once, as if it had not been leased."""
-        if self._pid != os.getpid() or not self._messages:
-            return
-        with self._guard:
-            left = list(self._messages.values())
+        left = list(self._messages.values()) if self._pid == os.getpid() else []
 
         def undo(run: Run) -> None:
             for message in left:
                 run(UNDO_LEASE, (message.id, message.lease))
 
-        self._queue.broker.transact(undo, durable=False)
+        if left:
+            self._queue.broker.transact(undo, durable=False)
         for message in left:
             self.done(message)
 
     def run(self) -> None:
         """Extend what is in flight, in one transaction. The notifier calls this."""
+        self.next_at = time.monotonic() + min(self._period_s, SLICE_S)  # tried again soon if it fails
         if self._left:
             self.nack()
             self._queue.broker.runner.notifier.remove(self)
             return
-        with self._guard:
-            messages = list(self._messages.values())
+        messages = list(self._messages.values())
 
         def extend(run: Run) -> None:
             until = self._queue.broker.clock() + self._lease_ns
             for message in messages:
                 run(EXTEND_LEASE, (until, message.id, message.lease))
 
-        self.next_at = time.monotonic() + min(self._period_s, SLICE_S)  # tried again soon if it fails
         if messages:
             self._queue.broker.transact(extend, durable=False)
         self.next_at = time.monotonic() + self._period_s
@@ -3277,7 +3265,7 @@ class QueueMoveWatcher(QueueWatcher):
         self.queue.move_many(self._dest, self._batch_size or MAX_BATCH, after=self.position)
 
     def _finish(self, message: Message) -> None:
-        self._leases.settle(message, partial(self.queue.move_leased, message, self._dest), "handled, but ")
+        self._leases.settle(message, partial(self.queue.move_leased, message, self._dest))
 
 
 def check_handler(handler: object) -> None:
