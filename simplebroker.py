@@ -2718,9 +2718,14 @@ class Queue:
 
     def check_dead_letter(self, name: str | None) -> str:
         """The name of the dead-letter queue that is meant, which must not be this queue."""
-        if name == self.name:
-            raise ValueError(f"a queue cannot be its own dead-letter queue: {name!r}")
-        return check_queue_name(name if name is not None else self.name + ".dead")
+        return self.check_dest(name if name is not None else self.name + ".dead")
+
+    def check_dest(self, name: str) -> str:
+        """The name of a queue to move to, which must not be this one."""
+        dest = check_queue_name(name)
+        if dest == self.name:
+            raise ValueError(f"messages of {name!r} move to another queue, not to itself")
+        return dest
 
     def _change_leased(
         self, message: Message, sql: str, values: Callable[[int], tuple[Any, ...]], *, durable: bool = True
@@ -2791,8 +2796,7 @@ class Queue:
         return sum(map(len, source.move_batches(self.name, low, high)))
 
     def _move(self, dest: str, low: int, high: int, limit: int) -> list[Message]:
-        if check_queue_name(dest) == self.name:
-            raise ValueError(f"source and destination are the same queue, {dest!r}")
+        self.check_dest(dest)
 
         def move(run: Run, rows: list[Any]) -> list[Message]:
             run(MOVE_READY, (dest, self.name, rows[0][0] - 1, rows[-1][0] + 1))
