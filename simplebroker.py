@@ -3244,26 +3244,13 @@ class QueueMoveWatcher(QueueWatcher):
     """Moves every message of ``source`` to ``dest``, now and as they come.
 
     With a handler, it is called first, and the message moves when it returned: a stage of a pipeline, at
-    least once. The other parameters are those of QueueWatcher.
+    least once. The options are those of QueueWatcher, but peek.
     """
 
-    def __init__(
-        self, source: str | Queue, dest: str, handler: Handler | None = None, *, db: StrPath | Broker | None = None,
-        after: Id = None, lease: float = DEFAULT_LEASE_S, max_attempts: int = DEFAULT_MAX_ATTEMPTS,
-        dead_letter: str | None = None, error_handler: ErrorHandler | None = None,
-        stop_event: threading.Event | None = None, batch_size: int | None = None, backoff: float = BACKOFF_S,
-        drain: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__(
-            source, handler or logger_handler, db=db, after=after, lease=lease, max_attempts=max_attempts,
-            dead_letter=dead_letter, error_handler=error_handler, stop_event=stop_event, batch_size=batch_size,
-            backoff=backoff, drain=drain,
-        )  # fmt: skip
-        self._dest = check_queue_name(dest)
-        if self._dest == self.queue.name:
-            raise ValueError(f"source and destination are the same queue, {dest!r}")
-        if handler is None:
-            self._step = self._move_batch
+    def __init__(self, source: str | Queue, dest: str, handler: Handler | None = None, **options: Any) -> None:
+        super().__init__(source, handler or logger_handler, peek=False, **options)
+        self._step = self._move_batch if handler is None else self._lease_batch
+        self._dest = self.queue.check_dest(dest)
 
     def _move_batch(self) -> None:
         self.queue.move_many(self._dest, self._batch_size or MAX_BATCH, after=self.position)
