@@ -498,24 +498,19 @@ SELECT_STORED = """\
 SELECT (SELECT count(*) FROM messages WHERE queue = ? AND held_until IS NULL AND id > ? AND id < ?)
      + (SELECT count(*) FROM messages WHERE queue = ? AND held_until IS NOT NULL AND +id > ? AND +id < ?)"""
 SELECT_ALL_COUNT = "SELECT count(*) FROM messages"
-_HELD_STATS = """\
-coalesce(sum(held_until <= :now), 0) AS ready, coalesce(sum(held_until > :now AND lease IS NOT NULL), 0) AS leased,
-    coalesce(sum(held_until > :now AND lease IS NULL), 0) AS delayed,
-    min(CASE WHEN held_until <= :now THEN id END) AS oldest FROM messages WHERE held_until IS NOT NULL"""
-SELECT_STATS = f"""\
-SELECT sum(ready), sum(leased), sum(delayed), min(oldest) FROM (
-    SELECT count(*) AS ready, 0 AS leased, 0 AS delayed, min(id) AS oldest
-    FROM messages WHERE held_until IS NULL AND queue = :queue
+_EACH_STATE = """\
+SELECT queue, count(*) AS ready, 0 AS leased, 0 AS delayed, min(id) AS oldest
+    FROM messages WHERE held_until IS NULL {which} GROUP BY queue
     UNION ALL
-    SELECT {_HELD_STATS} AND queue = :queue
-) AS each_state"""
+    SELECT queue, sum(held_until <= :now), sum(held_until > :now AND lease IS NOT NULL),
+        sum(held_until > :now AND lease IS NULL), min(CASE WHEN held_until <= :now THEN id END)
+    FROM messages WHERE held_until IS NOT NULL {which} GROUP BY queue"""
 SELECT_QUEUES = f"""\
-SELECT queue, sum(ready), sum(leased), sum(delayed), min(oldest) FROM (
-    SELECT queue, count(*) AS ready, 0 AS leased, 0 AS delayed, min(id) AS oldest
-    FROM messages WHERE held_until IS NULL GROUP BY queue
-    UNION ALL
-    SELECT queue, {_HELD_STATS} GROUP BY queue
-) AS each_state GROUP BY queue ORDER BY queue"""
+SELECT queue, sum(ready), sum(leased), sum(delayed), min(oldest)
+FROM ({_EACH_STATE.format(which="")}) AS each_state GROUP BY queue ORDER BY queue"""
+SELECT_STATS = f"""\
+SELECT coalesce(sum(ready), 0), coalesce(sum(leased), 0), coalesce(sum(delayed), 0), min(oldest)
+FROM ({_EACH_STATE.format(which="AND queue = :queue")}) AS each_state"""
 SELECT_DATA_VERSION = "PRAGMA data_version"
 SELECT_PAGES = "PRAGMA page_count"
 SELECT_PAGE_SIZE = "PRAGMA page_size"
