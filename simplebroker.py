@@ -479,7 +479,7 @@ UNION ALL
 SELECT * FROM (SELECT held_until, id FROM messages
     WHERE queue = ? AND held_until > ? AND held_until <= ? ORDER BY held_until, id LIMIT 10000) AS later
 ORDER BY 1, 2 LIMIT 10000"""
-IDS_AT_ONCE = 64
+IDS_AT_ONCE = 8  # few, as bodies may be large
 SELECT_BY_IDS = f"SELECT {_ROW} FROM messages WHERE id IN ({', '.join('?' * IDS_AT_ONCE)}) AND +queue = ? ORDER BY id"
 # Is something ready, and when does the next held message become so?
 SELECT_PENDING = """\
@@ -2378,12 +2378,9 @@ def _walk_ready(run: Run, queue: str, low: int, high: int) -> Iterator[Any]:
 
 
 def _walk_ids(run: Run, queue: str, ids: Iterator[int]) -> Iterator[Any]:
-    limit = 4
-    while page := [id for _, id in zip(range(limit), ids)]:
-        filled = (*page, *page[:1] * (IDS_AT_ONCE - len(page)))  # so that one prepared statement serves
-        rows = run(SELECT_BY_IDS, (*filled, queue), fetch=True)
-        yield from rows
-        limit = min(IDS_AT_ONCE, next_batch_size(limit, [row[1] for row in rows]))
+    while page := [id for _, id in zip(range(IDS_AT_ONCE), ids)]:
+        filled = (page * IDS_AT_ONCE)[:IDS_AT_ONCE]  # so that one statement serves
+        yield from run(SELECT_BY_IDS, (*filled, queue), fetch=True)
 
 
 def _parse_dump_line(line: str | bytes, max_bytes: int, *, header: bool) -> tuple[Any, ...] | int | None:
