@@ -58,6 +58,7 @@ except ImportError:  # Windows
 TYPE_CHECKING = False  # what only annotations need is not imported at run time: start-up is a feature
 if TYPE_CHECKING:
     import argparse
+    import logging
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from datetime import datetime
     from typing import Any, Callable, NoReturn, TypeVar, Union
@@ -250,11 +251,16 @@ def shown(value: object) -> str:
     return text if len(text) <= 64 else text[:60] + "..."
 
 
-def log_warning(text: str, *values: object) -> None:
-    """Log to the logger "simplebroker"; logging is imported when there is something to say."""
+def logger() -> logging.Logger:
+    """The logger "simplebroker"; logging is imported when there is something to say."""
     import logging
 
-    logging.getLogger("simplebroker").warning(text, *values)
+    return logging.getLogger("simplebroker")
+
+
+def log_warning(text: str, *values: object) -> None:
+    """Log to the logger "simplebroker"."""
+    logger().warning(text, *values)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2989,16 +2995,12 @@ def json_print_handler(message: Message, timestamp: int) -> None:
 
 def logger_handler(message: Message, timestamp: int) -> None:
     """Log the message to the logger "simplebroker", level INFO."""
-    import logging
-
-    logging.getLogger("simplebroker").info("message %d: %s", timestamp, message)
+    logger().info("message %d: %s", timestamp, message)
 
 
 def default_error_handler(error: BaseException, message: Message, timestamp: int) -> bool | None:
     """Log the error; the message is given back, and dead-lettered when its attempts are used up."""
-    import logging
-
-    logging.getLogger("simplebroker").error("message %d: handler failed: %r", timestamp, error, exc_info=error)
+    logger().error("message %d: handler failed: %r", timestamp, error, exc_info=error)
     return None
 
 
@@ -3251,10 +3253,8 @@ class QueueMoveWatcher(QueueWatcher):
         self._leases.settle(message, partial(self.queue.move_leased, message, self._dest))
 
 
-def check_handler(handler: object) -> None:
+def check_handler(handler: Handler) -> None:
     """TypeError unless it can be called with a message and a timestamp."""
-    if not callable(handler):
-        raise TypeError(f"handler must be callable, not {type(handler).__name__}")
     import inspect
 
     try:
