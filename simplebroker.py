@@ -627,7 +627,7 @@ def due_time(delay: float | None, until: datetime | int | None) -> Callable[[int
     return lambda now: now + wait if wait else None
 
 
-_DURATION_UNITS_S = {"": "1", "ms": "0.001", "s": "1", "m": "60", "h": "3600", "d": "86400"}
+_DURATION_UNITS_S = {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _TIME_UNITS_NS = {"s": NS, "ms": 1_000_000, "us": 1_000, "ns": 1}
 
 
@@ -638,12 +638,11 @@ def parse_duration(text: str) -> float:
     [90.0, 90.0, 0.25]
     """
     import re
-    from decimal import Decimal
 
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)(ms|s|m|h|d|)", text, re.ASCII)
     if not match:
         raise ValueError(f"{shown(text)} is not a duration: write 90, 90s, 5m, 2h, 1d or 250ms")
-    seconds = float(Decimal(match[1]) * Decimal(_DURATION_UNITS_S[match[2]]))
+    seconds = float(match[1]) * _DURATION_UNITS_S[match[2]]
     to_ns(seconds, "duration")
     return seconds
 
