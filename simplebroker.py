@@ -2137,7 +2137,6 @@ class Broker:
         self._shared_path = "" if runner is not None else api_path(self.settings, db_path)
         self.runner = runner if runner is not None else share_runner(self._shared_path, self.settings)
         self.clock: Callable[[], int] = clock or self.runner.clock
-        self.ids = TimestampGenerator(self.runner, self.clock)
         self._closed = self._prepared = False
 
     def __repr__(self) -> str:
@@ -2315,7 +2314,7 @@ class Broker:
                 try:
                     record = _parse_dump_line(line, self.settings.max_message_size, header=last is None)
                     if isinstance(record, int):
-                        last = max(last or 0, record)
+                        last = record
                     elif record:
                         run(INSERT_LOADED, record)
                         count += 1
