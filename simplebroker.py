@@ -2543,8 +2543,7 @@ class Queue:
             return self._claim(low, high, limit, remove)
         except NotSynced as error:  # they are removed, and nobody else has them
             log_warning("read, but %s", error)
-            messages: list[Message] = error.result
-            return messages
+            return list(error.result)
 
     def _claim(
         self, low: int, high: int, limit: int, act: Callable[[Run, list[Any]], list[Message]], durable: bool = True
@@ -2635,8 +2634,7 @@ class Queue:
 
     def count(self) -> int:
         """How many messages are ready (approximate while others write)."""
-        count: int = self.broker.run(SELECT_COUNT, (self.name, self.name, self.broker.clock()))[0][0]
-        return count
+        return int(self.broker.run(SELECT_COUNT, (self.name, self.name, self.broker.clock()))[0][0])
 
     def stats(self) -> Stats:
         """How many messages are ready, leased and delayed, and the oldest ready (approximate while others write)."""
@@ -2687,9 +2685,7 @@ class Queue:
     def extend(self, message: Message, seconds: float = DEFAULT_LEASE_S) -> None:
         """Let the lease end that many seconds from now. LeaseLost if someone else has the message."""
         lease_ns = to_ns(seconds, "lease")
-        self._change_leased(
-            message, EXTEND_LEASE, lambda now: (now + lease_ns, message.id, message.lease), durable=False
-        )
+        self._change_leased(message, EXTEND_LEASE, lambda now: (now + lease_ns, message.id, message.lease))
 
     def release(self, message: Message, *, delay: float | None = None, reason: str | None = None) -> None:
         """Give a leased message back: ready at once, or after ``delay`` seconds. LeaseLost as in ack().
@@ -2697,9 +2693,7 @@ class Queue:
         The attempt counts. ``reason`` says why it failed; None keeps that of the attempt before.
         """
         held_until, why = due_time(delay, None), check_reason(reason)
-        self._change_leased(
-            message, RELEASE_MESSAGE, lambda now: (held_until(now), why, message.id), durable=False
-        )
+        self._change_leased(message, RELEASE_MESSAGE, lambda now: (held_until(now), why, message.id))
 
     def dead_letter(self, message: Message, dest: str | None = None, *, reason: str | None = None) -> None:
         """Move a leased message to another queue, by default QUEUE.dead. LeaseLost as in ack().
@@ -2723,9 +2717,7 @@ class Queue:
             raise ValueError(f"messages of {name!r} move to another queue, not to itself")
         return dest
 
-    def _change_leased(
-        self, message: Message, sql: str, values: Callable[[int], tuple[Any, ...]], *, durable: bool = True
-    ) -> None:
+    def _change_leased(self, message: Message, sql: str, values: Callable[[int], tuple[Any, ...]]) -> None:
         """Run a statement on a message whose lease the caller has; its values are made from the time now."""
         if not isinstance(message, Message):
             raise TypeError(f"give the Message that lease() returned, not {type(message).__name__}")
@@ -2736,7 +2728,7 @@ class Queue:
             check_lease(run, message, removes=sql == DELETE_MESSAGE)
             run(sql, values(self.broker.clock()))
 
-        self.broker.transact(change, durable)
+        self.broker.transact(change, durable=sql in (DELETE_MESSAGE, MOVE_LEASED))
 
     # -- move and delete
 
@@ -2787,9 +2779,9 @@ class Queue:
         """
         source = self.broker.queue(self.check_dead_letter(from_))
         low, high = id_range(message_id, after, before)
-        if limit is not None:
-            return len(source._move(self.name, low, high, check_limit(limit)))
-        return sum(map(len, source.move_batches(self.name, low, high)))
+        if limit is None:
+            return sum(map(len, source.move_batches(self.name, low, high)))
+        return len(source._move(self.name, low, high, check_limit(limit)))
 
     def _move(self, dest: str, low: int, high: int, limit: int) -> list[Message]:
         self.check_dest(dest)
@@ -2918,14 +2910,14 @@ class LeasesInFlight:
     def release(self, message: Message, *, delay: float | None = None, reason: str | None = None) -> None:
         """Give one back, as Queue.release(); a lost lease is logged."""
         if self._pid == os.getpid():
-            self.settle(message, partial(self._queue.release, message, delay=delay, reason=reason))
+            self.settle(self._queue.release, message, delay=delay, reason=reason)
 
-    def settle(self, message: Message, act: Callable[[], object]) -> bool:
-        """Call what ends a lease, unless it has ended already; False if the lease was lost, which is logged."""
+    def settle(self, act: Callable[..., object], message: Message, *args: object, **more: object) -> bool:
+        """Call what ends the lease of a message, unless it has ended already; False if it was lost, which is logged."""
         try:
             if not self.done(message):
                 return False
-            act()
+            act(message, *args, **more)
             return True
         except LeaseLost as error:
             log_warning("queue %s: %s", self._queue.name, error)
@@ -3051,15 +3043,15 @@ class QueueWatcher:
             self.queue = Queue(queue, broker=db) if isinstance(db, Broker) else Queue(queue, db)
         self.position = id_range(after=after)[0]  # with peek: the id of the last message seen
         self._handler, self._error_handler = handler, error_handler or default_error_handler
-        self._step: Callable[[], object] = self._read_one if lease is None else self._lease_batch
-        if peek:
-            self._step = self._peek_all
+        self._step = self._peek_all if peek else self._read_one if lease is None else self._lease_batch
         self._leases = LeasesInFlight(self.queue, DEFAULT_LEASE_S if lease is None else lease)
         self._dead_letter = dead_letter
         if dead_letter is not None:
             self.queue.check_dead_letter(dead_letter)
         self._waiter = Waiter(self.queue.broker.runner.notifier)
         self._stop_event, self._drain, self.stopping = stop_event, drain, False
+        # An acknowledgement, after which the queue may be drained, notifies nobody.
+        self._longest_s = self.queue.broker.settings.max_interval_s if drain else MAX_SLEEP_S
         self.dead_lettered = 0  # messages that it has moved to the dead-letter queue
         self._thread: threading.Thread | None = None
         self._running = threading.Lock()  # held by the thread that is in watch()
@@ -3084,8 +3076,10 @@ class QueueWatcher:
                         pending, pause = self.queue.look(self.position)
                         if pending:
                             self._step()
+                        elif self._drain and self.queue.is_drained(self.position):
+                            break
                         else:
-                            self._idle(pause)
+                            self._sleep(min(pause, self._longest_s), wakes=True)
                     except sqlite3.OperationalError as error:  # busy, or a full disk: nothing is lost, go on later
                         log_warning("watcher of %s: %s", self.queue.name, error)
                         self._sleep(BUSY_PAUSE_S)
@@ -3125,14 +3119,6 @@ class QueueWatcher:
     def _stopped(self) -> bool:
         return self.stopping or (self._stop_event is not None and self._stop_event.is_set())
 
-    def _idle(self, pause: float) -> None:
-        """Nothing was found: sleep until something may be there, or end."""
-        if self._drain:
-            if self.queue.is_drained(self.position):
-                self.request_stop()
-            pause = min(pause, self.queue.broker.settings.max_interval_s)  # an acknowledgement notifies nobody
-        self._sleep(pause, wakes=True)
-
     def _sleep(self, seconds: float, *, wakes: bool = False) -> None:
         """Sleep that long, or until stopped; ``wakes``: or until something may be there."""
         deadline = time.monotonic() + seconds
@@ -3164,15 +3150,13 @@ class QueueWatcher:
 
     def _see(self, message: Message) -> bool:
         """Call until it works or the attempts are used up; False if it is to be seen again."""
-        for attempt in range(1, self._max_attempts + 1):
-            verdict, _ = self._call(message)
-            if verdict is not None:
-                return verdict
-            if attempt < self._max_attempts:
-                self._sleep(backoff_s(self._backoff, attempt))
-                if self._stopped():
-                    return False
-        return True
+        attempt = 1
+        while (verdict := self._call(message)[0]) is None and attempt < self._max_attempts:
+            self._sleep(backoff_s(self._backoff, attempt))
+            if self._stopped():
+                return False
+            attempt += 1
+        return verdict is not False
 
     def _attempt(self, message: Message) -> None:
         """Handle a leased message, and acknowledge it or give it back."""
@@ -3227,7 +3211,7 @@ class QueueWatcher:
         suffix = f" (attempt {attempt})"
         why = (check_reason(reason) or "")[: MAX_REASON - len(suffix)] + suffix
         dest = self.queue.check_dead_letter(self._dead_letter)
-        if self._leases.settle(message, partial(self.queue.move_leased, message, dest, why)):
+        if self._leases.settle(self.queue.move_leased, message, dest, why):
             self.dead_lettered += 1
             log_warning("queue %s: message %d is dead-lettered: %s", message.queue, message.id, why)
 
@@ -3248,7 +3232,7 @@ class QueueMoveWatcher(QueueWatcher):
         self.queue.move_many(self._dest, self._batch_size or MAX_BATCH, after=self.position)
 
     def _finish(self, message: Message) -> None:
-        self._leases.settle(message, partial(self.queue.move_leased, message, self._dest))
+        self._leases.settle(self.queue.move_leased, message, self._dest)
 
 
 def check_handler(handler: Handler) -> None:
@@ -3286,8 +3270,6 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
         import signal
 
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -3295,15 +3277,14 @@ class StopSignals:
             if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
                 try:
                     self._previous[number] = signal.signal(number, lambda number, frame: self._action(number))
-                except ValueError:  # not the main interpreter
+                except ValueError:  # not the main thread of the main interpreter
                     return
 
     def __exit__(self, *_: object) -> None:
-        if self._previous:
-            import signal
+        import signal
 
-            for number, previous in self._previous.items():
-                signal.signal(number, previous)
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
 
 
 # ---------------------------------------------------------------------------------------------------
