@@ -477,16 +477,10 @@ ORDER BY 1 LIMIT ?"""
 SELECT_PAGE = f"""\
 SELECT {_ROW} FROM messages WHERE queue = ? AND held_until IS NULL AND id > ? AND id < ? ORDER BY id LIMIT ?"""
 SELECT_ANY = f"SELECT {_ROW} FROM messages WHERE queue = ? AND id > ? AND id < ? ORDER BY id LIMIT 1"
-# Ids of held messages, page by page: those after one with the same time, then those of later times.
 SELECT_HELD_IDS = """\
-SELECT * FROM (SELECT held_until, id FROM messages
-    WHERE queue = ? AND held_until = ? AND id > ? ORDER BY id LIMIT 10000) AS same
-UNION ALL
-SELECT * FROM (SELECT held_until, id FROM messages
-    WHERE queue = ? AND held_until > ? AND held_until <= ? ORDER BY held_until, id LIMIT 10000) AS later
-ORDER BY 1, 2 LIMIT 10000"""
-IDS_AT_ONCE = 8  # few, as bodies may be large
-SELECT_BY_IDS = f"SELECT {_ROW} FROM messages WHERE id IN ({', '.join('?' * IDS_AT_ONCE)}) AND +queue = ? ORDER BY id"
+SELECT id FROM messages WHERE queue = ? AND held_until <= ? AND +id > ? AND +id < ? ORDER BY +id LIMIT ?"""
+HELD_IDS_AT_ONCE, ROWS_AT_ONCE = 100_000, 8
+SELECT_BY_IDS = f"SELECT {_ROW} FROM messages WHERE id IN ({', '.join('?' * ROWS_AT_ONCE)}) AND +queue = ? ORDER BY id"
 # Is something ready, and when does the next held message become so?
 SELECT_PENDING = """\
 SELECT EXISTS (SELECT 1 FROM messages WHERE queue = ? AND held_until IS NULL AND id > ? AND id < ?)
@@ -2353,20 +2347,14 @@ def next_batch_size(size: int, bodies: Sequence[str]) -> int:
 def walk(run: Run, queue: str, low: int = 0, high: int = MAX_ID + 1, due_by: int = 2**63 - 1) -> Iterator[Any]:
     """Yield the rows of a queue with ids between two, ascending: what is ready, and what is held until a time.
 
-    By id, not by offset: nothing is skipped while others remove rows. The ids of held messages are read once, in
-    the order of their times, and sorted: to look for them in the order of ids would be a walk through other queues.
+    By id, not by offset: nothing is skipped while others remove rows.
     """
-    from array import array
     from heapq import merge
 
-    pages, last = [], (-(2**63), 0)
-    while rows := run(SELECT_HELD_IDS, (queue, *last, queue, last[0], due_by), fetch=True):
-        last = rows[-1]
-        pages.append(array("q", sorted(id for _, id in rows if low < id < high)))
-    position = low
-    for row in merge(_walk_ready(run, queue, low, high), _walk_ids(run, queue, merge(*pages)), key=lambda row: row[0]):
-        if row[0] > position:  # one that became ready meanwhile comes twice
-            position = row[0]
+    ready, held = _walk_ready(run, queue, low, high), _walk_held(run, queue, low, high, due_by)
+    for row in merge(ready, held, key=lambda row: row[0]):
+        if row[0] > low:  # one that became ready meanwhile comes twice
+            low = row[0]
             yield row
 
 
@@ -2381,10 +2369,17 @@ def _walk_ready(run: Run, queue: str, low: int, high: int) -> Iterator[Any]:
         low, limit = rows[-1][0], next_batch_size(limit, [row[1] for row in rows])
 
 
-def _walk_ids(run: Run, queue: str, ids: Iterator[int]) -> Iterator[Any]:
-    while page := [id for _, id in zip(range(IDS_AT_ONCE), ids)]:
-        filled = (page * IDS_AT_ONCE)[:IDS_AT_ONCE]  # so that one statement serves
-        yield from run(SELECT_BY_IDS, (*filled, queue), fetch=True)
+def _walk_held(run: Run, queue: str, low: int, high: int, due_by: int) -> Iterator[Any]:
+    """Many ids at a time, as each time all that is held is sorted; few rows at a time, as bodies may be large."""
+    while True:
+        ids = [id for (id,) in run(SELECT_HELD_IDS, (queue, due_by, low, high, HELD_IDS_AT_ONCE), fetch=True)]
+        for place in range(0, len(ids), ROWS_AT_ONCE):
+            page = ids[place : place + ROWS_AT_ONCE]
+            filled = (page * ROWS_AT_ONCE)[:ROWS_AT_ONCE]  # so that one statement serves
+            yield from run(SELECT_BY_IDS, (*filled, queue), fetch=True)
+        if len(ids) < HELD_IDS_AT_ONCE:
+            return
+        low = ids[-1]
 
 
 def _parse_dump_line(line: str | bytes, max_bytes: int, *, header: bool) -> tuple[Any, ...] | int | None:

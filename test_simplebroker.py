@@ -3015,9 +3015,10 @@ class ModelTest(CoreTest):
         getattr(self, "do_" + choice(operations))()
 
     def test_random_operations_do_what_the_model_does(self) -> None:
+        small = {"MAX_PROMOTED": Model.PROMOTED, "HELD_IDS_AT_ONCE": 3}
         for _ in range(10 if FULL else 1):
             seed = random.randrange(10**6)
-            with self.subTest(seed=seed), mock.patch.object(simplebroker, "MAX_PROMOTED", Model.PROMOTED):
+            with self.subTest(seed=seed), mock.patch.multiple(simplebroker, **small):
                 self.rng, self.clock = random.Random(seed), Clock()
                 self.model = Model(self.clock)
                 self.leases: list[Message] = []  # what was leased at some time; most of them acknowledged, or lost
