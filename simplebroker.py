@@ -2237,8 +2237,9 @@ class Broker:
 
         def delete(run: Run) -> int:
             count: int = run(SELECT_ALL_COUNT, fetch=True)[0][0]
-            run(RECORD_NEWEST)
-            run(DELETE_ALL)
+            if count:
+                run(RECORD_NEWEST)
+                run(DELETE_ALL)
             return count
 
         return self.transact(delete)
@@ -2792,18 +2793,20 @@ class Queue:
 
         Held ones too: who has leased one of them gets LeaseLost.
         """
-        low, high = id_range(message_id, after, before)
+        bounds = (self.name, *id_range(message_id, after, before))
 
         def delete(run: Run) -> int:
-            run(RECORD_NEWEST)
             if message_id is not None:  # without a walk through what is held
-                found = run(SELECT_ANY, (self.name, low, high), fetch=True)
+                found = run(SELECT_ANY, bounds, fetch=True)
                 for row in found:
+                    run(RECORD_NEWEST)
                     run(DELETE_MESSAGE, (row[0],))
                 return len(found)
-            count: int = run(SELECT_STORED, (self.name, low, high) * 2, fetch=True)[0][0]
-            run(DELETE_READY, (self.name, low, high))
-            run(DELETE_HELD, (self.name, low, high))
+            count: int = run(SELECT_STORED, bounds * 2, fetch=True)[0][0]
+            if count:  # else nothing is changed, and nothing synced
+                run(RECORD_NEWEST)
+                run(DELETE_READY, bounds)
+                run(DELETE_HELD, bounds)
             return count
 
         return self.broker.transact(delete)

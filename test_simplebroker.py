@@ -1804,7 +1804,8 @@ class WorkTest(CoreTest):
         others: tuple[Callable[[], object], ...] = (
             lambda: queue.extend(leased[3]), lambda: queue.release(leased[3]), lambda: queue.lease(60),
             queue.peek, queue.stats, queue.broker.queues, lambda: queue.read(after=simplebroker.MAX_ID),
-            lambda: queue.move("d", after=simplebroker.MAX_ID),
+            lambda: queue.move("d", after=simplebroker.MAX_ID), queue.broker.queue("none").delete,
+            lambda: queue.delete(message_id=1),
         )  # fmt: skip
         counts = []
         for act in (*durable, *others):
