@@ -2561,10 +2561,10 @@ class Queue:
 
     def peek(self, *, message_id: Id = None, after: Id = None, before: Id = None) -> Message | None:
         """Return the first ready message, or None; nothing is removed. By id, held ones are seen too."""
-        low, high = id_range(message_id, after, before)
         if message_id is None:
-            return next(self._peek(low, high, 1), None)
-        return next(map(self._message, self.broker.run(SELECT_ANY, (self.name, low, high))), None)
+            return next(iter(self.peek_many(1, after=after, before=before)), None)
+        rows = self.broker.run(SELECT_ANY, (self.name, *id_range(message_id, after, before)))
+        return next(map(self._message, rows), None)
 
     def peek_many(self, limit: int, *, after: Id = None, before: Id = None, held: bool = False) -> list[Message]:
         """Return up to ``limit`` ready messages, the oldest first; nothing is removed.
@@ -2574,17 +2574,16 @@ class Queue:
         limit = check_limit(limit)
         if held:
             return [message for _, message in zip(range(limit), self.peek_all(after=after, before=before, held=True))]
-        return list(self._peek(*id_range(None, after, before), limit))
+        low, high = id_range(None, after, before)
+        ready, due = (self.name, low, high, limit), (self.name, self.broker.clock(), low, high)
+        rows = self.broker.run(SELECT_PEEK, (*ready, *due, max(limit, MAX_PROMOTED), limit))
+        return list(map(self._message, rows))
 
     def peek_all(self, *, after: Id = None, before: Id = None, held: bool = False) -> Iterator[Message]:
         """Iterate over the ready messages, by id: none is skipped while others are removed. ``held`` as above."""
         low, high = id_range(None, after, before)
         due_by = 2**63 - 1 if held else self.broker.clock()
         return map(self._message, walk(self.broker.run, self.name, low, high, due_by))
-
-    def _peek(self, low: int, high: int, limit: int) -> Iterator[Message]:
-        ready, due = (self.name, low, high, limit), (self.name, self.broker.clock(), low, high)
-        return map(self._message, self.broker.run(SELECT_PEEK, (*ready, *due, max(limit, MAX_PROMOTED), limit)))
 
     def _message(self, row: Sequence[Any]) -> Message:
         id, body, attempt, reason, held_until, leased = row
