@@ -2734,11 +2734,17 @@ class Queue:
         count from 0 again, and its reason is forgotten.
         """
         low, high = id_range(message_id, after, before)
-        return next(iter(self._move(dest, low, high, 1)), None)
+        return next(iter(self.move_many(dest, 1, after=low, before=high)), None)
 
     def move_many(self, dest: str, limit: int, *, after: Id = None, before: Id = None) -> list[Message]:
         """Move up to ``limit`` ready messages in one transaction and return them."""
-        return self._move(dest, *id_range(None, after, before), check_limit(limit))
+        self.check_dest(dest)
+
+        def move(run: Run, rows: list[Any]) -> list[Message]:
+            run(MOVE_READY, (dest, self.name, rows[0][0] - 1, rows[-1][0] + 1))
+            return [Message(body, id, dest) for id, body, *_ in rows]
+
+        return self._claim(*id_range(None, after, before), check_limit(limit), move)
 
     def move_all(self, dest: str, *, after: Id = None, before: Id = None) -> int:
         """Move all ready messages, in transactions of limited size; return how many."""
@@ -2759,7 +2765,7 @@ class Queue:
         while self.broker.transact(promote, durable=False):
             pass
         size = 4
-        while batch := self._move(dest, low, high, size):
+        while batch := self.move_many(dest, size, after=low, before=high):
             yield batch
             low, size = batch[-1].id, next_batch_size(size, batch)
 
@@ -2776,16 +2782,7 @@ class Queue:
         low, high = id_range(message_id, after, before)
         if limit is None:
             return sum(map(len, source.move_batches(self.name, low, high)))
-        return len(source._move(self.name, low, high, check_limit(limit)))
-
-    def _move(self, dest: str, low: int, high: int, limit: int) -> list[Message]:
-        self.check_dest(dest)
-
-        def move(run: Run, rows: list[Any]) -> list[Message]:
-            run(MOVE_READY, (dest, self.name, rows[0][0] - 1, rows[-1][0] + 1))
-            return [Message(body, id, dest) for id, body, *_ in rows]
-
-        return self._claim(low, high, limit, move)
+        return len(source.move_many(self.name, limit, after=low, before=high))
 
     def delete(self, *, message_id: Id = None, after: Id = None, before: Id = None) -> int:
         """Remove one message, those between two ids, or all of the queue; return how many were removed.
