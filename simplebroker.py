@@ -672,7 +672,7 @@ def _parse_iso(text: str) -> datetime:
     form = r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?(\.\d{1,6})?(Z|[+-]\d\d:?\d\d)?)?"
     match = re.fullmatch(form, text, re.ASCII | re.IGNORECASE)
     try:
-        day, minute, second, fraction, zone = (part or "" for part in match.groups())  # type: ignore[union-attr]
+        day, minute, second, fraction, zone = match.groups("")  # type: ignore[union-attr]
         offset = "+00:00" if zone in "Zz" else zone[:3] + ":" + zone[-2:]
         fraction = (fraction or ".").ljust(7, "0")
         return datetime.fromisoformat(f"{day}T{minute or '00:00'}{second or ':00'}{fraction}{offset}")
@@ -2781,7 +2781,7 @@ class Queue:
         source = self.broker.queue(self.check_dead_letter(from_))
         low, high = id_range(message_id, after, before)
         if limit is None:
-            return sum(map(len, source.move_batches(self.name, low, high)))
+            return source.move_all(self.name, after=low, before=high)
         return len(source.move_many(self.name, limit, after=low, before=high))
 
     def delete(self, *, message_id: Id = None, after: Id = None, before: Id = None) -> int:
@@ -3130,8 +3130,7 @@ class QueueWatcher:
             self._attempt(message)
 
     def _read_one(self) -> None:
-        message = self.queue.read(after=self.position)
-        if message is not None:
+        if message := self.queue.read(after=self.position):
             self._call(message)
 
     def _peek_all(self) -> None:
