@@ -2498,8 +2498,7 @@ class Queue:
         when the caller crashes. ``wait``: block up to that many seconds for one (math.inf: forever).
         """
         low, high = id_range(message_id, after, before)
-        found = self.wait_for(lambda: self._remove(low, high, 1), wait, low, high)
-        return found[0] if found else None
+        return self._first(lambda: self._remove(low, high, 1), wait, low, high)
 
     def read_many(self, limit: int, *, after: Id = None, before: Id = None) -> list[Message]:
         """Remove up to ``limit`` ready messages in one transaction and return them (at most once)."""
@@ -2622,6 +2621,11 @@ class Queue:
                     return result
                 waiter.wait(min(pause, left))
 
+    def _first(self, take: Callable[[], list[Message]], wait: float | None, low: int, high: int) -> Message | None:
+        """What take() finds, before the wait is over. Who waits takes the writer lock only when there is something."""
+        found = self.wait_for(lambda: take() if wait is None or self.look(low, high)[0] else [], wait, low, high)
+        return found[0] if found else None
+
     def is_drained(self, low: int = 0) -> bool:
         """Is no message above an id ready, leased or waiting for its next attempt?"""
         values = (self.name, low, self.name, low, self.broker.clock())
@@ -2648,8 +2652,7 @@ class Queue:
         """
         low, high = id_range(message_id, after, before)
         lease_ns = to_ns(seconds, "lease")
-        found = self.wait_for(lambda: self.lease_many(lease_ns, low, high, 1), wait, low, high)
-        return found[0] if found else None
+        return self._first(lambda: self.lease_many(lease_ns, low, high, 1), wait, low, high)
 
     def lease_many(self, lease_ns: int, low: int, high: int, limit: int) -> list[Message]:
         """Lease the first ready messages between two ids; LeasesInFlight.take() also keeps the leases alive.

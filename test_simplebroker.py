@@ -2047,6 +2047,14 @@ class WaitingTest(ConsumerTest):
                 told = when == "before" or (when == "during" and has_inotify() and simplebroker.fcntl is not None)
                 self.assertSoon(started, 0.9 if told else SOON_S)
 
+    def test_who_waits_for_a_message_does_not_wait_for_a_writer(self) -> None:
+        """The queue is empty, and another process is in a long transaction: nothing there is no error."""
+        queue, holder = self.queue(settings=Settings(sync_mode="OFF", busy_timeout_ms=50)), self.holder()
+        self.assertEqual([queue.read(wait=0.1), queue.lease(wait=0.1), queue.read(wait=0)], [None] * 3)
+        self.assertRaises(OperationalError, queue.read)
+        holder.say()
+        self.assertEqual(holder.wait(), 0)
+
     def test_a_change_since_the_last_look_is_seen_and_without_one_the_wait_ends(self) -> None:
         queue = self.queue(settings=NOTIFIED_ONLY)
         queue.count()
