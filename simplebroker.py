@@ -3222,10 +3222,12 @@ class QueueMoveWatcher(QueueWatcher):
     def __init__(self, source: str | Queue, dest: str, handler: Handler | None = None, **options: Any) -> None:
         super().__init__(source, handler or logger_handler, peek=False, **options)
         self._step = self._move_batch if handler is None else self._lease_batch
+        self._size = 1  # of the next batch that is moved without a handler
         self._dest = self.queue.check_dest(dest)
 
     def _move_batch(self) -> None:
-        self.queue.move_many(self._dest, self._batch_size or MAX_BATCH, after=self.position)
+        batch = self.queue.move_many(self._dest, self._batch_size or self._size, after=self.position)
+        self._size = next_batch_size(self._size, batch)
 
     def _finish(self, message: Message) -> None:
         self._leases.settle(self.queue.move_leased, message, self._dest)

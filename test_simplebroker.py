@@ -2531,6 +2531,20 @@ class QueueMoveWatcherTest(ConsumerTest):
             self.assertEqual(queue.read_many(9), ["old"])
         self.assertEqual((recorder.bodies, counts), (["a", "b", "c"], [(0, 1), (1, 1), (2, 1)]))
 
+    def test_heavy_messages_are_moved_few_at_a_time(self) -> None:
+        """So that other writers do not wait for long, and the memory is not full of bodies."""
+        self.queue().write_many(["x" * 600_000] * 8)
+        sizes, move_many = [], Queue.move_many
+
+        def move(*args: Any, **options: Any) -> list[Message]:
+            batch = move_many(*args, **options)
+            sizes.append(len(batch))
+            return batch
+
+        with mock.patch.object(Queue, "move_many", move):
+            QueueMoveWatcher("q", "done", db=self.path, drain=True).watch()
+        self.assertEqual((max(sizes), sum(sizes), self.queue("done").count()), (2, 8, 8))
+
     def test_what_its_handler_fails_on_is_tried_again_and_then_dead_lettered(self) -> None:
         self.queue().write_many(["bad", "good"])
         handler = Recorder(*[ValueError()] * 3)
