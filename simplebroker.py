@@ -2762,7 +2762,7 @@ class Queue:
 
         def promote(run: Run) -> bool:
             due = (self.name, self.broker.clock(), low, high)
-            run(PROMOTE_DUE, (*due, MAX_BATCH))
+            run(PROMOTE_DUE, (*due, MAX_PROMOTED))
             return bool(run(SELECT_DUE, due, fetch=True)[0][0])
 
         while self.broker.transact(promote, durable=False):
