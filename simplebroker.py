@@ -467,15 +467,14 @@ UNDO_LEASE = "UPDATE messages SET held_until = NULL, lease = NULL, attempt = att
 # Readers write nothing, so what is due but not promoted yet is read beside what is ready, as much of it as would be
 # promoted. A row: id, body, attempt, reason, held_until, is it leased.
 _ROW = "id, body, attempt, reason, held_until, lease IS NOT NULL"
+SELECT_PAGE = f"""\
+SELECT {_ROW} FROM messages WHERE queue = ? AND held_until IS NULL AND id > ? AND id < ? ORDER BY id LIMIT ?"""
 SELECT_PEEK = f"""\
-SELECT * FROM (SELECT {_ROW} FROM messages
-    WHERE queue = ? AND held_until IS NULL AND id > ? AND id < ? ORDER BY id LIMIT ?) AS ready
+SELECT * FROM ({SELECT_PAGE}) AS ready
 UNION ALL
 SELECT * FROM (SELECT {_ROW} FROM messages
     WHERE queue = ? AND held_until <= ? AND +id > ? AND +id < ? ORDER BY held_until, id LIMIT ?) AS due
 ORDER BY 1 LIMIT ?"""
-SELECT_PAGE = f"""\
-SELECT {_ROW} FROM messages WHERE queue = ? AND held_until IS NULL AND id > ? AND id < ? ORDER BY id LIMIT ?"""
 SELECT_ANY = f"SELECT {_ROW} FROM messages WHERE queue = ? AND id > ? AND id < ? ORDER BY id LIMIT 1"
 SELECT_HELD_IDS = """\
 SELECT id FROM messages WHERE queue = ? AND held_until <= ? AND +id > ? AND +id < ? ORDER BY +id LIMIT ?"""
