@@ -2118,6 +2118,9 @@ class Broker:
     ``db_path`` is a file or a URL; None means the default (see BROKER_DEFAULT_DB_LOCATION,
     BROKER_PROJECT_SCOPE). ``runner`` replaces it and stays the caller's. ``clock`` returns nanoseconds since
     1970; None: that of the runner. No file is opened before it is needed.
+
+    path     the absolute path of the database file, or its URL; empty if a custom runner does not tell
+    address  the same, but a URL is whole: it may have a password
     """
 
     def __init__(
@@ -2129,6 +2132,8 @@ class Broker:
         self.settings = settings or Settings.from_environment()
         self._shared_path = "" if runner is not None else api_path(self.settings, db_path)
         self.runner = runner if runner is not None else share_runner(self._shared_path, self.settings)
+        self.path = self.runner.path
+        self.address = self._shared_path or self.path
         self.clock: Callable[[], int] = clock or self.runner.clock
         self._closed = self._prepared = False
 
@@ -2146,16 +2151,6 @@ class Broker:
         closed, self._closed = self._closed, True
         if not closed and self._shared_path:
             return_runner(self._shared_path, self.settings)
-
-    @property
-    def path(self) -> str:
-        """The absolute path of the database file, or its URL; empty if a custom runner does not tell."""
-        return self.runner.path
-
-    @property
-    def address(self) -> str:
-        """Like path, but a URL is whole: it may have a password."""
-        return self._shared_path or self.path
 
     def exists(self) -> bool:
         """Is there a database? Nothing is opened; where there is no file to look at, it is taken for granted."""
