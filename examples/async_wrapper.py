@@ -69,7 +69,7 @@ class AsyncBroker:
             return found
 
         def put_back() -> None:  # in a broker of its own: ours may be closed by now
-            with Broker(self.broker.path) as broker:
+            with Broker(self.broker.address) as broker:
                 rows = [(each.id, queue, str(each), None, each.attempt, each.reason) for each in found]
                 broker.transact(lambda run: [run(ext.INSERT_LOADED, row) for row in rows])
 
