@@ -2296,9 +2296,8 @@ class Broker:
         an IntegrityError; both name the line. Aliases (of the package on PyPI) are skipped with a warning.
         Other writers wait meanwhile.
         """
-
-        def load(run: Run) -> int:
-            count, last = 0, None
+        count, last = 0, None
+        with self.transaction() as run:  # in this thread, to which the lines may belong
             for number, line in enumerate(lines, 1):
                 try:
                     record = _parse_dump_line(line, self.settings.max_message_size, header=last is None)
@@ -2314,10 +2313,7 @@ class Broker:
             if last is None:
                 raise UsageError("there is nothing to load, not even the header of a dump")
             run(RECORD_LAST_ID, (last,))
-            return count
-
-        with self.transaction() as run:  # in this thread, to which the lines may belong
-            return load(run)
+        return count
 
 
 def shown_id(id: int) -> str:
