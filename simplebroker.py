@@ -2521,7 +2521,10 @@ class Queue:
             first, last = rows[0][0], rows[-1][0]
             if last == rows[-1][4]:
                 run(RECORD_NEWEST)
-            run(DELETE_READY, (self.name, first - 1, last + 1))
+            if first == last:  # quicker for one
+                run(DELETE_MESSAGE, (last,))
+            else:
+                run(DELETE_READY, (self.name, first - 1, last + 1))
             return [Message(body, id, self.name, attempt, None, reason) for id, body, attempt, reason, *_ in rows]
 
         try:
