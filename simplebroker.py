@@ -182,8 +182,9 @@ class Message(str):
     def __bool__(self) -> bool:  # so that ``while message := queue.read():`` does not end at an empty body
         return True
 
-    def __getnewargs__(self) -> tuple[Any, ...]:  # copies and pickles keep everything
-        return str(self), self.id, self.queue, self.attempt, self.lease, self.reason, self.due, self.state
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles keep everything
+        fields = self.id, self.queue, self.attempt, self.lease, self.reason, self.due, self.state
+        return type(self), (str.__str__(self), *fields)
 
     @property
     def timestamp(self) -> int:
@@ -205,25 +206,27 @@ def check_queue_name(name: str) -> str:
     """Return the name if it is allowed: 1-512 of [A-Za-z0-9_.-], not starting with '-' or '.'."""
     if not isinstance(name, str):
         raise TypeError(f"a queue name is a str, not {type(name).__name__}")
+    name = str.__str__(name)  # of a subclass, such as an enumeration: its value
     if not (0 < len(name) <= MAX_QUEUE_NAME and name[0] not in "-." and _QUEUE_CHARACTERS.issuperset(name)):
         raise QueueNameError(
             f"queue name {shown(name)} is not allowed: use 1 to {MAX_QUEUE_NAME} letters, digits, '_', '.' or '-',"
             " and begin with none of '.' and '-'"
         )
-    return str(name)
+    return name
 
 
 def check_body(body: str, max_bytes: int) -> str:
     """Return the body as an exact str if it is text that fits."""
     if not isinstance(body, str):
         raise TypeError(f"a message body is a str, not {type(body).__name__}: encode data, for example as JSON")
+    body = str.__str__(body)
     try:
         size = len(body) if body.isascii() else len(body.encode("utf-8"))
     except UnicodeEncodeError as error:
         raise MessageError(f"the body is not valid text: {error.reason} at character {error.start}") from None
     if size > max_bytes:
         raise MessageError(f"the body has {size} bytes, more than the {max_bytes} that BROKER_MAX_MESSAGE_SIZE allows")
-    return str(body)
+    return body
 
 
 def check_limit(limit: int, name: str = "limit") -> int:
@@ -358,18 +361,21 @@ class Settings(namedtuple("Settings", "busy_timeout_ms sync_mode cache_mb wal_au
     db_location: str | None
     project_scope: bool
 
-    def __new__(cls, environ: Mapping[str, str] | None = None, **given: object) -> Settings:
-        values = []
+    def __new__(
+        cls, environ: Mapping[str, str] | None = None, *, busy_timeout_ms: int | None = None,
+        sync_mode: str | None = None, cache_mb: int | None = None, wal_autocheckpoint: int | None = None,
+        max_message_size: int | None = None, max_interval_s: float | None = None, db_name: str | None = None,
+        db_location: str | None = None, project_scope: bool | None = None,
+    ) -> Settings:  # fmt: skip
+        given, values = locals(), []
         for attribute, variable, default, rule, allowed in _RULES:
-            name, value = attribute, given.pop(attribute, None)
+            name, value = attribute, given[attribute]
             if value is None:
                 name, value = variable, (environ or {}).get(variable, default)
             try:
                 values.append(rule("" if value is None else str(value)))
             except (ValueError, KeyError):
                 raise UsageError(f"{name}={shown(value)}: must be {allowed}") from None
-        if given:
-            raise TypeError(f"there is no setting {min(given)!r}: use {', '.join(cls._fields)}")
         return cls._make(values)
 
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, object]]:  # copies and pickles
@@ -2199,6 +2205,8 @@ class Broker:
         text = check_body(body, self.settings.max_message_size)
         if pattern is not None and queues is not None:
             raise ValueError("give a pattern or queues, not both")
+        if isinstance(queues, str):
+            raise TypeError("queues is an iterable of names, not a str")
         given = None if queues is None else sorted({check_queue_name(name) for name in queues})
 
         def write(run: Run) -> list[str]:
@@ -2447,7 +2455,7 @@ class Queue:
     def __reduce__(self) -> tuple[Any, ...]:  # for processes that are spawned
         if not self.broker.path:
             raise TypeError("only a queue on a path can be pickled, not one with a custom runner")
-        return partial(Queue, settings=self.broker.settings), (self.name, self.broker.address)
+        return partial(type(self), settings=self.broker.settings), (self.name, self.broker.address)
 
     def __enter__(self) -> Queue:
         return self
@@ -3227,7 +3235,7 @@ class QueueMoveWatcher(QueueWatcher):
 
 
 def check_handler(handler: Handler) -> None:
-    """TypeError unless it can be called with a message and a timestamp."""
+    """TypeError unless it can be called with a message and a timestamp, and has done its work when it returns."""
     import inspect
 
     try:
@@ -3236,12 +3244,20 @@ def check_handler(handler: Handler) -> None:
         raise TypeError(f"handler is called as handler(message, timestamp): {error}") from None
     except ValueError:  # a builtin that does not tell
         pass
+    for kind in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction):
+        if kind(handler) or kind(type(handler).__call__):
+            raise TypeError("a call of the handler would not run it: give a function that is no coroutine or generator")
 
 
 def describe(error: BaseException) -> str:
     """An error as a reason: its class and its text, which is enough for ours."""
-    text = f": {error}" if str(error) else ""
-    return str(error) if text and isinstance(error, BrokerError) else type(error).__name__ + text
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - its own __str__ fails
+        text = ""
+    if text and isinstance(error, BrokerError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def backoff_s(base_s: float, attempt: int) -> float:
