@@ -1277,7 +1277,7 @@ _as_text = partial(str, encoding="utf-8", errors="replace")  # rows of other pro
 
 
 class _Log:
-    """A descriptor of the -wal file, for one sync: the kernel reports an error once to each who has opened the file.
+    """A descriptor of the -wal file. Who syncs keeps a reference, so that it stays open while the runner closes.
 
     (Closing it drops none of SQLite's locks: those are on the database and the -shm file.)
     """
@@ -1311,19 +1311,12 @@ class _Request:
 
 
 def _resets(method: F) -> F:
-    """A method of SQLiteRunner after which an interrupt leaves nothing locked; see _reset_after() and is_busy()."""
+    """A method of SQLiteRunner after which an interrupt leaves nothing locked; see _reset_after()."""
 
     @wraps(method)
     def call(self: SQLiteRunner, *args: Any) -> Any:
-        thread = threading.get_ident()
-        outermost = thread not in self._busy
         try:
-            self._busy.add(thread)
-            try:
-                return method(self, *args)
-            finally:
-                if outermost:
-                    self._busy.discard(thread)
+            return method(self, *args)
         except BaseException as error:
             self._reset_after(error)
             raise
@@ -1351,6 +1344,7 @@ class SQLiteRunner(SQLRunner):
         self._lock = WriterLock(self.path)
         self._notifier = Notifier(settings.max_interval_s, self.path, self._data_version)
         self._connection: sqlite3.Connection | None = None
+        self._log: _Log | None = None
         self._begin_anew()
         _runners[weakref.ref(self, _runners.pop)] = None
 
@@ -1368,7 +1362,7 @@ class SQLiteRunner(SQLRunner):
         self._forking = 0  # the thread that holds the mutex because it forks
         self._short_timeout = False  # SQLite's own busy timeout is shortened
         self._hole = False  # a sync failed: the log may have a hole on the disk
-        self._busy: set[int] = set()  # threads in the middle of an operation; each adds and discards itself
+        self._busy: set[int] = set()  # threads that stand in the queue, or lead; each adds and discards itself
         # The commit queue: threads that found the mutex taken. The first is the leader, and waits for the mutex.
         self._queue_guard = threading.Lock()  # guards the list; held only to change it, by anyone
         self._queue: list[_Request] = []  # may be looked at without the guard
@@ -1384,8 +1378,8 @@ class SQLiteRunner(SQLRunner):
         self._check_process()
         if self._is_inside():
             return super().transact(function)
-        if self.is_busy():
-            raise OperationalError("this thread is in the middle of something here: do not write in signal handlers")
+        if threading.get_ident() in self._busy:
+            raise OperationalError("a signal handler cannot write in the middle of another operation of its thread")
         request = _Request(function, durable)
         self._stand_in_line(request)
         if request.error is not None:
@@ -1402,6 +1396,7 @@ class SQLiteRunner(SQLRunner):
         """Return when a request is done, by this thread or by another."""
         deadline = time.monotonic() + self._timeout_s
         try:
+            self._busy.add(request.thread)
             with self._queue_guard:
                 self._queue.append(request)
                 leads = len(self._queue) == 1
@@ -1410,6 +1405,7 @@ class SQLiteRunner(SQLRunner):
         finally:
             if self._queue:  # it may have given up
                 self._leave_line(request)
+            self._busy.discard(request.thread)
 
     def _wait_in_line(self, request: _Request, deadline: float) -> bool:
         """Sleep until the request is done (True) or is the first. OperationalError at the deadline."""
@@ -1558,9 +1554,9 @@ class SQLiteRunner(SQLRunner):
     @_resets
     def _commit(self, durable: bool) -> str | None:
         """Commit, notify, let the next writer in, and sync with nothing held. Return what is wrong with the sync."""
-        changed = self._inside().total_changes != self._changes
-        log = self._open_log() if durable and changed and self._syncs else None
         self._run_inside("COMMIT")
+        changed = self._connection.total_changes != self._changes  # type: ignore[union-attr]
+        log = self._log if durable and changed else None
         if self._notify:
             self._lock.notify()
             self._notifier.notify()
@@ -1585,15 +1581,9 @@ class SQLiteRunner(SQLRunner):
         finally:
             self._mutex.release()
 
-    def _open_log(self) -> _Log:
-        try:
-            return _Log(os.open(self.path + "-wal", os.O_RDONLY))
-        except OSError as error:
-            raise OperationalError(f"cannot open the log of {self.path!r}: {error.strerror}") from error
-
     def _sync(self, log: _Log) -> str | None:
         """Sync the log, with no lock held; return what is wrong. It undoes nothing: others have built on the commit."""
-        problem: object = "a sync of another thread failed"
+        problem: object = "a sync of another thread failed"  # the kernel reports an error of a file only once
         try:
             os.fdatasync(log.fd)
         except OSError as error:
@@ -1723,7 +1713,6 @@ class SQLiteRunner(SQLRunner):
             self._execute(f"PRAGMA busy_timeout = {left_ms if short else self.settings.busy_timeout_ms}")
             self._short_timeout = short
 
-    @_resets
     def _data_version(self) -> object:
         """For the notifier: changes with commits of other connections. None while another thread is inside."""
         if not self._mutex.acquire(blocking=False):
@@ -1783,6 +1772,11 @@ class SQLiteRunner(SQLRunner):
             self._identity = identity
         if write:
             self._use_wal()
+            self._execute(SELECT_VERSION)  # makes the log, if it was not there
+            try:
+                self._log = _Log(os.open(self.path + "-wal", os.O_RDONLY)) if self._syncs else None
+            except OSError as error:
+                raise OperationalError(f"cannot open the log of {self.path!r}: {error.strerror}") from error
             self._writable = True
 
     def _open_file(self, write: bool) -> bool:
@@ -1899,7 +1893,7 @@ class SQLiteRunner(SQLRunner):
             raise OperationalError(f"{self.path!r} stays in journal mode {mode}: close what uses it, and try again")
 
     def _disconnect(self) -> None:
-        connection, self._connection, self._identity = self._connection, None, None
+        connection, self._connection, self._log, self._identity = self._connection, None, None, None
         self._writable = self._short_timeout = False
         if connection is not None:
             connection.close()
@@ -1993,7 +1987,7 @@ class SQLiteRunner(SQLRunner):
             except (ImportError, AttributeError):  # PyPy frees nothing when it ends
                 pass
             _refused.add(self.path)
-        self._connection = None
+        self._connection = self._log = None
         self._lock.close()
         self._begin_anew()
 
