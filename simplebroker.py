@@ -2853,6 +2853,7 @@ class LeasesInFlight:
             self._left, self.next_at = True, 0.0
             return
         self._queue.broker.runner.notifier.remove(self)
+        self.next_at = float("inf")
         self.nack()
 
     def keep_alive(self) -> None:
@@ -3434,8 +3435,10 @@ class Progress:
             done = act()
             self._count += len(done)
         self.add(0)
-        for number in signals[:1]:
-            os.kill(os.getpid(), number)
+        if signals:
+            self._show("\n")
+            self._shown = False
+            os.kill(os.getpid(), signals[0])
         return done
 
     def _show(self, end: str) -> None:
@@ -3819,11 +3822,10 @@ class Worker(QueueWatcher):
 
     def _lease_batch(self) -> None:
         with self._job.guard:  # one after the other, so that -n commands get the oldest messages
-            batch = self._leases.take(1, look=False) if self._job.left else []
+            batch = self._leases.take(1, look=False) if self._job.left and not self._stopped() else []
             self._job.left -= sum(message.attempt <= self._max_attempts for message in batch)
         for message in batch:
-            if not self._stopped():
-                self._attempt(message)
+            self._attempt(message)
         if not self._job.left:
             self.request_stop()
 

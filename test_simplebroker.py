@@ -2252,6 +2252,14 @@ class LeasesInFlightTest(ConsumerTest):
         self.assertEqual(recorder.attempts, [("slow", 1)])
         self.assertEqual([(str(m), m.attempt) for m in queue.peek_many(9, held=True)], [("b", 0), ("c", 0)])
 
+    def test_a_watcher_that_watches_again_extends_its_leases_again(self) -> None:
+        queue, other, taken = self.queue(), self.other(), []
+        watcher = QueueWatcher(queue, lambda *_: taken.append(other.lease(wait=1.0)), lease=0.4, drain=True)
+        for body in ("first", "second"):
+            queue.write(body)
+            watcher.watch()
+        self.assertEqual(taken, [None, None])
+
     def test_batches_grow_while_work_is_fast_and_stay_small_while_it_is_slow_or_heavy(self) -> None:
         sizes: dict[str, list[int]] = {"fast": [], "slow": [], "heavy": []}
 
