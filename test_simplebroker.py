@@ -146,12 +146,16 @@ class BrokerTest(unittest.TestCase):
         options = {"cwd": self.dir, "env": self.environ, "capture_output": True, "timeout": DEADLINE_S, **options}
         return subprocess.run(command, check=False, input=input, **options)
 
-    def python(self, code: str, *args: str, **options: Any) -> subprocess.Popen[bytes]:
-        """Start Python code as a process of its own, with simplebroker importable; killed at the end."""
+    def spawn(self, *command: str, **options: Any) -> subprocess.Popen[bytes]:
+        """Start a process in the test's directory and environment, its output in a pipe; killed at the end."""
         options = {"cwd": self.dir, "env": self.environ, "stdout": subprocess.PIPE, **options}
-        child = subprocess.Popen([*PYTHON, "-c", textwrap.dedent(code), *args], **options)
+        child = subprocess.Popen(command, **options)
         self.addCleanup(self.reap, child)
         return child
+
+    def python(self, code: str, *args: str, **options: Any) -> subprocess.Popen[bytes]:
+        """Start Python code as a process of its own, with simplebroker importable."""
+        return self.spawn(*PYTHON, "-c", textwrap.dedent(code), *args, **options)
 
     @staticmethod
     def reap(child: subprocess.Popen[Any]) -> None:
@@ -1320,116 +1324,6 @@ class ContractOfCustomRunner(QueueContract, CoreTest):
         runner = PlainRunner(self.path)
         self.addCleanup(runner.close)
         self._broker = Broker(runner=runner)
-
-
-class CommandQueue:
-    """A Queue whose methods are commands; ``command`` returns the exit status and the lines that one prints."""
-
-    FLAGS: ClassVar[dict[str, str]] = {
-        "message_id": "-m", "after": "--after", "before": "--before", "limit": "-n", "delay": "--delay",
-        "seconds": "--for", "reason": "--reason", "dest": "--to", "source": "--from",
-    }  # fmt: skip
-
-    def __init__(self, command: Callable[..., tuple[int, list[str]]], name: str) -> None:
-        self._command, self._name = command, name
-
-    def _run(self, command: str, *args: str, stdin: str = "", statuses: Any = (0, 2), **options: Any) -> Any:
-        given = [(self.FLAGS[name], str(value)) for name, value in options.items() if value is not None]
-        flags = [word for pair in given for word in pair]
-        return self._command(command, self._name, *args, *flags, stdin=stdin, statuses=statuses)
-
-    def _messages(self, *args: str, **options: Any) -> list[Message]:
-        """What a command prints; the lease of a message is a text here."""
-        status, lines = self._run(*args, **options)
-        if status != (0 if lines else 2):
-            raise AssertionError(f"{args}: status {status} with {len(lines)} lines")
-        return [Message(r.pop("message"), int(r.pop("timestamp")), self._name, **r) for r in map(json.loads, lines)]
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        """read, read_many and read_all, peek and move likewise; ack, extend, release and dead_letter."""
-        command, _, many = name.partition("_")
-        if command in ("read", "peek", "move"):
-            return functools.partial(getattr(self, f"_{many or 'one'}"), command)
-        return functools.partial(self._settle, name.replace("_", "-"))
-
-    def _one(self, command: str, *args: str, **filters: Any) -> Message | None:
-        return next(iter(self._messages(command, *args, "--json", **filters)), None)
-
-    def _many(self, command: str, *args: Any, **filters: Any) -> list[Message]:
-        return self._messages(command, *args[:-1], "--json", limit=args[-1], **filters)
-
-    def _all(self, command: str, *args: str, held: bool = False, **filters: Any) -> list[Message] | int:
-        found = self._messages(command, *args, "--all", "--json", *["--held"] * held, **filters)
-        return len(found) if command == "move" else found
-
-    def _settle(self, command: str, message: Any, **options: Any) -> None:
-        if self._run(command, message.lease, statuses=(0, 1), **options)[0]:
-            raise LeaseLost
-
-    def write(self, body: str, delay: float | None = None) -> int:
-        return int(self._run("write", "-", "-t", stdin=body, delay=delay)[1][0])
-
-    def lease(self, seconds: float) -> Message | None:
-        return next(iter(self._messages("lease", seconds=seconds)), None)
-
-    def delete(self, **filters: Any) -> bool:
-        return self._run("delete", **filters)[0] == 0
-
-    def requeue(self, source: str | None = None, limit: int | None = None) -> int:
-        return int("".join(self._run("requeue", source=source, limit=limit)[1]) or 0)
-
-
-@unittest.skipUnless(HAS_FORK, "needs fork")
-class ContractOfCommandLine(QueueContract, ForkTest):
-    """Each operation is a process that runs main()."""
-
-    thorough = False
-    DELAY_S = 2.0
-
-    def command(self, *args: str, stdin: str = "", statuses: tuple[int, ...] = (0, 2)) -> tuple[int, list[str]]:
-        """The exit status and the lines of the output."""
-        stdin_file, stdout_file, stderr_file = (self.dir / name for name in ("stdin", "stdout", "stderr"))
-        stdin_file.write_bytes(stdin.encode())
-
-        def work(child: Child) -> None:
-            os.chdir(self.dir)
-            os.environ.update(self.environ)
-            for number, (file, mode) in enumerate(((stdin_file, "r"), (stdout_file, "w"), (stderr_file, "w"))):
-                with file.open(mode) as opened:
-                    os.dup2(opened.fileno(), number)
-            sys.stdin, sys.stdout, sys.stderr = map(os.fdopen, range(3), "rww")
-            status = simplebroker.main(["-f", "test.db", *args])
-            sys.stderr.flush()
-            os._exit(status)
-
-        status = self.child(work).wait()
-        self.assertIn(status, statuses, (args, stderr_file.read_text()))
-        self.assertNotIn("Traceback", stderr_file.read_text())
-        return status, stdout_file.read_bytes().decode().splitlines()
-
-    def b(self) -> Any:
-        return self
-
-    def q(self, name: str) -> Any:
-        return CommandQueue(self.command, name)
-
-    def queues(self) -> dict[str, tuple[int, ...]]:
-        records = map(json.loads, self.command("list", "--json")[1])
-        return {record["queue"]: (record["ready"], record["leased"], record["delayed"]) for record in records}
-
-    def rename(self, old: str, new: str) -> bool:
-        return self.command("rename", old, new)[0] == 0
-
-    def broadcast(self, body: str, pattern: str | None = None, queues: Sequence[str] = ()) -> bool:
-        options = [f"--queue={name}" for name in queues] + [f"--pattern={pattern}"] * (pattern is not None)
-        return self.command("broadcast", body, *options)[0] == 0
-
-    def dump(self) -> list[str]:
-        return self.command("dump", statuses=(0,))[1]
-
-    def load(self, lines: Iterable[str]) -> None:
-        if self.command("load", stdin="".join(f"{line}\n" for line in lines), statuses=(0, 1))[0]:
-            raise BrokerError
 
 
 class TransactionTest(ForkTest):
@@ -3642,12 +3536,9 @@ class CommandTest(BrokerTest):
             self.assertIn(word.lower(), done.stderr.decode().lower(), done.args)
 
     def start(self, *args: str, **options: Any) -> subprocess.Popen[bytes]:
-        """Start the command; killed at the end."""
-        pipe = subprocess.PIPE
-        defaults = {"cwd": self.dir, "env": self.environ, "stdin": pipe, "stdout": pipe, "stderr": pipe}
-        child = subprocess.Popen([*PYTHON, "-m", "simplebroker", *args], **{**defaults, **options})
-        self.addCleanup(self.reap, child)
-        return child
+        """Start the command, with pipes."""
+        options = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        return self.spawn(*PYTHON, "-m", "simplebroker", *args, **options)
 
     def finish(self, child: subprocess.Popen[bytes]) -> Done:
         """Wait for a started command and return what it printed since."""
@@ -3693,6 +3584,101 @@ class CommandTest(BrokerTest):
     def sh(self, script: str, *options: str) -> list[str]:
         """The words of a ``work`` that runs a shell script."""
         return ["work", "q", *options, "--", "sh", "-c", script]
+
+
+class CommandQueue:
+    """A Queue whose methods are commands; ``command`` returns the exit status and the lines that one prints."""
+
+    FLAGS: ClassVar[dict[str, str]] = {
+        "message_id": "-m", "after": "--after", "before": "--before", "limit": "-n", "delay": "--delay",
+        "seconds": "--for", "reason": "--reason", "dest": "--to", "source": "--from",
+    }  # fmt: skip
+
+    def __init__(self, command: Callable[..., tuple[int, list[str]]], name: str) -> None:
+        self._command, self._name = command, name
+
+    def _run(self, command: str, *args: str, stdin: str = "", statuses: Any = (0, 2), **options: Any) -> Any:
+        given = [(self.FLAGS[name], str(value)) for name, value in options.items() if value is not None]
+        flags = [word for pair in given for word in pair]
+        return self._command(command, self._name, *args, *flags, stdin=stdin, statuses=statuses)
+
+    def _messages(self, *args: str, **options: Any) -> list[Message]:
+        """What a command prints; the lease of a message is a text here."""
+        status, lines = self._run(*args, **options)
+        if status != (0 if lines else 2):
+            raise AssertionError(f"{args}: status {status} with {len(lines)} lines")
+        return [Message(r.pop("message"), int(r.pop("timestamp")), self._name, **r) for r in map(json.loads, lines)]
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """read, read_many and read_all, peek and move likewise; ack, extend, release and dead_letter."""
+        command, _, many = name.partition("_")
+        if command in ("read", "peek", "move"):
+            return functools.partial(getattr(self, f"_{many or 'one'}"), command)
+        return functools.partial(self._settle, name.replace("_", "-"))
+
+    def _one(self, command: str, *args: str, **filters: Any) -> Message | None:
+        return next(iter(self._messages(command, *args, "--json", **filters)), None)
+
+    def _many(self, command: str, *args: Any, **filters: Any) -> list[Message]:
+        return self._messages(command, *args[:-1], "--json", limit=args[-1], **filters)
+
+    def _all(self, command: str, *args: str, held: bool = False, **filters: Any) -> list[Message] | int:
+        found = self._messages(command, *args, "--all", "--json", *["--held"] * held, **filters)
+        return len(found) if command == "move" else found
+
+    def _settle(self, command: str, message: Any, **options: Any) -> None:
+        if self._run(command, message.lease, statuses=(0, 1), **options)[0]:
+            raise LeaseLost
+
+    def write(self, body: str, delay: float | None = None) -> int:
+        return int(self._run("write", "-", "-t", stdin=body, delay=delay)[1][0])
+
+    def lease(self, seconds: float) -> Message | None:
+        return next(iter(self._messages("lease", seconds=seconds)), None)
+
+    def delete(self, **filters: Any) -> bool:
+        return self._run("delete", **filters)[0] == 0
+
+    def requeue(self, source: str | None = None, limit: int | None = None) -> int:
+        return int("".join(self._run("requeue", source=source, limit=limit)[1]) or 0)
+
+
+class ContractOfCommandLine(QueueContract, CommandTest):
+    """Each operation is a process that runs the command."""
+
+    thorough = False
+    DELAY_S = 2.0
+
+    def command(self, *args: str, stdin: str = "", statuses: tuple[int, ...] = (0, 2)) -> tuple[int, list[str]]:
+        """The exit status and the lines of the output."""
+        done = self.fork(*args, input=stdin.encode())
+        self.assertIn(done.returncode, statuses, done)
+        self.assertNotIn(b"Traceback", done.stderr)
+        return done.returncode, done.stdout.decode().splitlines()
+
+    def b(self) -> Any:
+        return self
+
+    def q(self, name: str) -> Any:
+        return CommandQueue(self.command, name)
+
+    def queues(self) -> dict[str, tuple[int, ...]]:
+        records = map(json.loads, self.command("list", "--json")[1])
+        return {record["queue"]: (record["ready"], record["leased"], record["delayed"]) for record in records}
+
+    def rename(self, old: str, new: str) -> bool:
+        return self.command("rename", old, new)[0] == 0
+
+    def broadcast(self, body: str, pattern: str | None = None, queues: Sequence[str] = ()) -> bool:
+        options = [f"--queue={name}" for name in queues] + [f"--pattern={pattern}"] * (pattern is not None)
+        return self.command("broadcast", body, *options)[0] == 0
+
+    def dump(self) -> list[str]:
+        return self.command("dump", statuses=(0,))[1]
+
+    def load(self, lines: Iterable[str]) -> None:
+        if self.command("load", stdin="".join(f"{line}\n" for line in lines), statuses=(0, 1))[0]:
+            raise BrokerError
 
 
 class CommandLineCasesTest(CommandTest):
@@ -3768,8 +3754,7 @@ class CommandLineCasesTest(CommandTest):
         """(case 40, trap 40)"""
         for name, interrupted in ("ended", False), ("interrupted", True):
             ours, theirs = self.ends(*os.openpty())
-            lines = subprocess.Popen(["yes", "line"], stdout=subprocess.PIPE)
-            self.addCleanup(self.reap, lines)
+            lines = self.spawn("yes", "line")
             child = self.start("write", name, "--lines", stdin=lines.stdout, stderr=theirs)
             theirs.close()
             shown = self.read_until(ours, lambda data: re.search(rb"\d,\d\d\d", data))
@@ -4148,8 +4133,7 @@ class SurroundingsTest(CommandTest):
             (["-c", installed, "write", "tasks", "2"], b"", 0), (vendored, b"2\n", 0), (vendored, b"", 2),
             (["-c", code], b"None SQLRunner\n", 0),
         ):  # fmt: skip
-            child = subprocess.Popen([sys.executable, *words], cwd=self.dir, env=self.environ, stdout=subprocess.PIPE)
-            self.assertRan(self.finish(child), printed, status)
+            self.assertRan(self.finish(self.spawn(sys.executable, *words)), printed, status)
         scripts = (ROOT / "pyproject.toml").read_text().partition("[project.scripts]")[2].splitlines()[1:3]
         self.assertEqual(scripts, [f'{name} = "simplebroker:run_and_exit"' for name in ("broker", "simplebroker")])
 
@@ -4750,9 +4734,8 @@ class DashboardTest(ExampleTest):
     def setUp(self) -> None:
         super().setUp()
         self.ids = self.queue("tasks").write_many(["a", "b"])
-        command, pipe = [*PYTHON, str(EXAMPLES / "dashboard.py"), "-f", str(self.path)], subprocess.PIPE
-        self.server = subprocess.Popen(command, cwd=self.dir, env=self.environ, stdout=pipe, stderr=pipe)
-        self.addCleanup(self.reap, self.server)
+        command = [*PYTHON, str(EXAMPLES / "dashboard.py"), "-f", str(self.path)]
+        self.server: Any = self.spawn(*command, stderr=subprocess.PIPE)
         self.url = self.server.stdout.readline().decode().strip()
         self.port, self.token = re.findall(r"\Ahttp://127\.0\.0\.1:(\d+)/\?token=([\w-]{40,})\Z", self.url)[0]
 
@@ -5211,13 +5194,10 @@ class ShellTest(ExampleTest):
         )  # fmt: skip
 
     def start(self, script: str, *arguments: object, **settings: object) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            ["bash", str(EXAMPLES / script), *map(str, arguments)], cwd=self.dir, start_new_session=True,
-            env={**self.environ, **{name: str(value) for name, value in settings.items()}},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        return self.spawn(
+            "bash", str(EXAMPLES / script), *map(str, arguments), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            env={**self.environ, **{name: str(value) for name, value in settings.items()}}, start_new_session=True,
         )  # fmt: skip
-        self.addCleanup(self.reap, process)
-        return process
 
     def finish(self, process: subprocess.Popen[bytes], status: int = 0) -> None:
         """Wait for the end of a script."""
@@ -5423,12 +5403,11 @@ class ContractOfPostgreSQL(PostgreSQLTest, QueueContract):
 
 
 class ContractOfPostgreSQLCommand(PostgreSQLTest, ContractOfCommandLine):
-    """Through main() and the URL, each operation in a process."""
+    """Through the URL, each operation in a process."""
 
-    def command(self, *args: str, **options: Any) -> Any:
-        main = simplebroker.main
-        with mock.patch.object(simplebroker, "main", lambda argv: main(["-f", self.url, *argv[2:]])):
-            return super().command(*args, **options)
+    def setUp(self) -> None:
+        super().setUp()
+        self.environ["BROKER_DEFAULT_DB_NAME"] = self.url
 
 
 class PostgreSQLRoom(PostgreSQLTest):
