@@ -279,6 +279,12 @@ class CoreTest(BrokerTest):
         environment.start()
         self.addCleanup(environment.stop)
 
+    def plain_runner(self, path: Path | None = None) -> PlainRunner:
+        """A custom runner on the test's database or another, closed at the end."""
+        runner = PlainRunner(path or self.path)
+        self.addCleanup(runner.close)
+        return runner
+
 
 def in_each_statement(act: Callable[[str], object]) -> Any:
     """Call act(sql) in the middle of each statement of the connections that are opened meanwhile."""
@@ -692,7 +698,7 @@ class PathsTest(ForkTest):
             self.assertRaisesRegex(UsageError, "none' does not exist: create it", self.where, **missing)
         for bad in (5, b"x.db", str, ["x"]):
             self.assertRaises(TypeError, Queue, "q", bad)
-        for more in ({"broker": self.broker()}, {"runner": PlainRunner(self.path)}):
+        for more in ({"broker": self.broker()}, {"runner": self.plain_runner()}):
             self.assertRaisesRegex(ValueError, "not both", Queue, "q", self.path, **more)
 
     def test_project_scope_finds_the_nearest_database_upwards_up_to_a_mount_point(self) -> None:
@@ -832,8 +838,7 @@ class WriterLockTest(ForkTest):
 @unittest.skipUnless(HAS_FORK, "needs fork")
 class RunnerTest(ForkTest):
     def test_a_failing_rollback_does_not_hide_the_first_error(self) -> None:
-        runner = PlainRunner(self.path)
-        self.addCleanup(runner.close)
+        runner = self.plain_runner()
         queue = Queue("q", runner=runner)
         queue.write("x")
         commit = mock.Mock(side_effect=OperationalError("the commit failed"))
@@ -1321,9 +1326,7 @@ class ContractOfQueue(QueueContract, CoreTest):
 class ContractOfCustomRunner(QueueContract, CoreTest):
     def setUp(self) -> None:
         super().setUp()
-        runner = PlainRunner(self.path)
-        self.addCleanup(runner.close)
-        self._broker = Broker(runner=runner)
+        self._broker = Broker(runner=self.plain_runner())
 
 
 class TransactionTest(ForkTest):
@@ -1554,9 +1557,8 @@ class QueueTest(StoppedClockTest):
         for owner in (queue, copied, self.b):
             self.assertIn(repr(str(self.path)), repr(owner))
         self.assertIn("'q'", repr(queue))
-        runner = PlainRunner(self.dir / "other.db")
-        self.addCleanup(runner.close)
-        self.assertRaisesRegex(TypeError, "custom runner", pickle.dumps, Queue("q", runner=runner))
+        queue = Queue("q", runner=self.plain_runner(self.dir / "other.db"))
+        self.assertRaisesRegex(TypeError, "custom runner", pickle.dumps, queue)
 
     def test_a_closed_broker_says_so(self) -> None:
         broker, queue = self.b, self.q
@@ -1619,9 +1621,8 @@ class WorkTest(CoreTest):
     """Counted in steps of SQLite's machine, and in syncs, so that nothing depends on the machine of the test."""
 
     def opened(self, name: str) -> tuple[Broker, PlainRunner, Clock]:
-        runner, clock = PlainRunner(self.dir / name), Clock()
+        runner, clock = self.plain_runner(self.dir / name), Clock()
         runner.connection.execute("PRAGMA synchronous = OFF")
-        self.addCleanup(runner.close)
         return Broker(runner=runner, clock=clock), runner, clock
 
     @staticmethod
@@ -2009,13 +2010,12 @@ class NotifierTest(ConsumerTest):
         situations = {"no C library": {"side_effect": OSError("none")}, "no instance": {"return_value": no_instance}}
         if has_inotify():
             situations.update({"no watch": {"return_value": no_watch}, "": {"wraps": ctypes.CDLL}})
-        writer, other, runner = self.writer(), self.other(), PlainRunner(self.path)
-        self.addCleanup(runner.close)
+        writer, other = self.writer(), self.other()
         other.write("0")
         insert = "INSERT INTO messages (id, queue, body) SELECT max(last_id, ?) + 1, 'q', ? FROM meta"
         writers: dict[str, Callable[[str], object]] = {
             "other connection": other.write, "process": writer.say,
-            "runner": Queue("q", runner=runner).write,
+            "runner": Queue("q", runner=self.plain_runner()).write,
             "sqlite3": lambda text: self.sqlite(insert, time.time_ns(), text),
         }  # fmt: skip
         for number, (situation, load) in enumerate(situations.items()):
@@ -2391,7 +2391,7 @@ class QueueWatcherTest(ConsumerTest):
 
 class QueueMoveWatcherTest(ConsumerTest):
     def test_it_moves_what_is_there_and_what_comes_when_its_handler_returned(self) -> None:
-        """Within its bound, with the same ids, and without a handler at once. Where that fails it is called again."""
+        """Within its bound, with the same ids, and without a handler at once. One that fails is called again."""
         queue, done, counts, recorder = self.queue(), self.queue("done"), [], Recorder(ValueError())
         options: dict[str, Any] = {"batch_size": 1, "backoff": 0, "error_handler": lambda *_: None}
 
@@ -2429,10 +2429,8 @@ class KillTest(ConsumerTest):
     """Processes that note what they do, and are killed while they do it."""
 
     def note(self, name: str = "report", width: int = 64) -> Callable[[str], object]:
-        """Append lines to a file, whole or not at all.
-
-        Linux cuts the write of a killed process at the end of a page of the file: the width divides a page.
-        """
+        """Append lines to a file, whole or not at all: Linux cuts the write of a killed process at the end of a page of
+        the file, and the width divides a page."""
         fd = os.open(self.dir / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         return lambda line: os.write(fd, line.encode().ljust(width - 1) + b"\n")
 
@@ -5059,9 +5057,6 @@ class ContractOfPooledBroker(QueueContract, ExampleTest):
         self.addCleanup(loop.close)
         self.addCleanup(lambda: self._run(self._core.close()))
 
-    def b(self) -> Broker:
-        return self._broker
-
     def q(self, name: str) -> Any:
         return self.Synchronous(self._run, self._core.queue(name), self._broker.queue(name))
 
@@ -5754,9 +5749,7 @@ class CasesTest(ConsumerTest):
 
     def test_a_waiter_of_a_custom_runner_is_woken_in_a_forked_child(self) -> None:
         """Case 18."""
-        runner = PlainRunner(self.path)
-        self.addCleanup(runner.close)
-        broker = Broker(runner=runner)
+        broker = Broker(runner=self.plain_runner())
 
         def work(child: Child) -> None:
             with broker.waiter() as waiter:
