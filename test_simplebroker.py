@@ -5624,9 +5624,7 @@ class CasesTest(ConsumerTest):
         self.assertEqual(queue.read(wait=DEADLINE_S), "b")
         timer.join()
 
-    def test_a_watcher_outlives_a_directory_that_cannot_be_read_for_a_while(self) -> None:
-        """Case 4, trap 29."""
-
+    def test_a_watcher_outlives_a_directory_that_cannot_be_read_for_a_while(self) -> None:  # case 4, trap 29
         def work() -> None:
             logging.disable(logging.CRITICAL)  # of this process
             self.path, recorder = self.dir / "own" / "test.db", Recorder()
@@ -5670,8 +5668,7 @@ class CasesTest(ConsumerTest):
         self.assertEqual(child.communicate(timeout=DEADLINE_S)[0], b"0\n")
         self.assertBodies(self.queue(), ["a", "b"])
 
-    def test_a_handler_that_ends_its_thread_counts_as_an_attempt(self) -> None:
-        """Case 11, trap 34."""
+    def test_a_handler_that_ends_its_thread_counts_as_an_attempt(self) -> None:  # case 11, trap 34
         logging.disable(logging.CRITICAL)
         self.addCleanup(logging.disable, logging.NOTSET)
         queue = self.queue()
@@ -5689,8 +5686,7 @@ class CasesTest(ConsumerTest):
             self.assertEqual(buried.reason, f"{end.__name__}: stop (attempt 2)", number)
             queue.delete()
 
-    def test_a_watcher_made_before_a_fork_gives_back_what_fails_in_the_child(self) -> None:
-        """Case 12."""
+    def test_a_watcher_made_before_a_fork_gives_back_what_fails_in_the_child(self) -> None:  # case 12
         queue = self.queue()
         queue.write("a")
         handler = mock.Mock(side_effect=ValueError("no"))
@@ -5704,8 +5700,7 @@ class CasesTest(ConsumerTest):
         self.assertEqual([(m.attempt, m.reason) for m in queue.peek_all()], [(1, "ValueError: no")])
 
     @unittest.skipUnless(sys.implementation.name == "cpython", "needs CPython: C code that handles signals")
-    def test_a_signal_that_c_code_handles_is_left_alone(self) -> None:
-        """Case 16."""
+    def test_a_signal_that_c_code_handles_is_left_alone(self) -> None:  # case 16
         code = """
             import ctypes, signal, sys
             from simplebroker import QueueWatcher
@@ -5742,8 +5737,7 @@ class CasesTest(ConsumerTest):
         child = self.python(code, textwrap.dedent(inside), stderr=subprocess.DEVNULL)
         self.assertEqual(child.communicate(timeout=DEADLINE_S)[0], b"['a', None]")
 
-    def test_a_second_hard_link_is_refused(self) -> None:
-        """Case 17."""
+    def test_a_second_hard_link_is_refused(self) -> None:  # case 17
         self.queue().write("a")
         link = self.dir / "link.db"
         os.link(self.path, link)
@@ -5752,8 +5746,7 @@ class CasesTest(ConsumerTest):
         link.unlink()
         self.assertBodies(self.queue(), ["a"])
 
-    def test_a_waiter_of_a_custom_runner_is_woken_in_a_forked_child(self) -> None:
-        """Case 18."""
+    def test_a_waiter_of_a_custom_runner_is_woken_in_a_forked_child(self) -> None:  # case 18
         broker = Broker(runner=self.plain_runner())
 
         def work(child: Child) -> None:
@@ -5763,8 +5756,7 @@ class CasesTest(ConsumerTest):
         with broker.waiter():  # the parent's thread runs at the fork
             self.assertEqual(self.child(work).wait(), 0)
 
-    def test_rows_of_other_programs_are_refused_or_read(self) -> None:
-        """Case 20."""
+    def test_rows_of_other_programs_are_refused_or_read(self) -> None:  # case 20
         queue = self.queue()
         queue.write("a")
         insert = "INSERT INTO messages (id, queue, body, held_until) VALUES (?, ?, ?, ?)"
@@ -5775,8 +5767,7 @@ class CasesTest(ConsumerTest):
         self.assertBodies(queue, ["a\ufffdb", "a"])
         self.assertEqual(queue.read(), "a\ufffdb")
 
-    def test_the_log_shrinks_again_after_a_reader_held_it_up(self) -> None:
-        """Case 21, trap 22."""
+    def test_the_log_shrinks_again_after_a_reader_held_it_up(self) -> None:  # case 21, trap 22
         settings = Settings(sync_mode="OFF", wal_autocheckpoint=10)
         queue = self.queue(settings=settings)
         queue.write_many(["x" * 1000] * 20)
