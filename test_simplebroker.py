@@ -1156,8 +1156,7 @@ class QueueContract:
         self.assertEqual(list(self.q("q").peek_all()), bodies)
         self.assertEqual(list(self.q("q").read_all()), bodies)
 
-    def test_every_filter_counts_on_every_path(self: Any) -> None:
-        """Trap 12."""
+    def test_every_filter_counts_on_every_path(self: Any) -> None:  # trap 12
         q, d, ids = self.q("q"), self.q("d"), self.fill("q", "012345")
         cases: tuple[tuple[dict[str, Any], str], ...] = (
             ({"after": ids[2]}, "345"), ({"before": ids[2]}, "01"), ({"after": ids[1], "before": ids[4]}, "23"),
@@ -1574,8 +1573,7 @@ class QueueTest(StoppedClockTest):
             self.assertRaisesRegex(UsageError, "closed: make a new one", act)
         self.assertBodies(self.queue(), ["x"])
 
-    def test_peek_all_misses_nothing_while_rows_are_deleted(self) -> None:
-        """Trap 6."""
+    def test_peek_all_misses_nothing_while_rows_are_deleted(self) -> None:  # trap 6
         ids = self.q.write_many(map(str, range(5000)))
         seen = []
         for message in self.q.peek_all():
@@ -3282,9 +3280,7 @@ class SyncFaultTest(ForkTest):
                     queue.write("of this thread")
             self.assertEqual(synced, [number, number])
 
-    def test_an_interrupt_in_the_sync_leaves_other_threads_alone(self) -> None:
-        """(case 73)"""
-
+    def test_an_interrupt_in_the_sync_leaves_other_threads_alone(self) -> None:  # case 73
         def write() -> None:
             with self.q.broker.transaction():
                 self.q.write("of another thread")
@@ -3303,8 +3299,7 @@ class SyncFaultTest(ForkTest):
         writing[0].result(DEADLINE_S)
         self.assertBodies(self.q, ["first", "second", "interrupted", "of another thread"])
 
-    def test_a_full_disk_is_an_error_for_all_who_share_the_transaction_and_nobody_runs_twice(self) -> None:
-        """(case 74)"""
+    def test_a_full_disk_is_an_error_for_all_who_share_the_transaction_and_nobody_runs_twice(self) -> None:  # case 74
         import resource
 
         def attempt(broker: Broker) -> bool:
@@ -3674,8 +3669,7 @@ class CommandLineCasesTest(CommandTest):
                     self.assertRefused(self.fork(*line, input=HEADER.encode()), *words)
             self.assertEqual(self.path.read_bytes(), before)
 
-    def test_the_options_of_the_command_of_work_are_its_own(self) -> None:
-        """(case 34)"""
+    def test_the_options_of_the_command_of_work_are_its_own(self) -> None:  # case 34
         (self.dir / "w").mkdir()
         self.queue("a", "123")
         self.assertRan(self.cli("work", "a", "-n", "1", "ls", "-d", "w"), b"w\n")
@@ -3683,8 +3677,7 @@ class CommandLineCasesTest(CommandTest):
         self.assertLines(("work a --drain -- echo -- -h", b"-- -h\n"))
         self.assertEqual((os.listdir(self.dir / "w"), self.everything()), ([], []))
 
-    def test_a_command_that_cannot_be_started_is_an_error_that_tells_why(self) -> None:
-        """(case 35)"""
+    def test_a_command_that_cannot_be_started_is_an_error_that_tells_why(self) -> None:  # case 35
         self.queue("q", "a")
         for name, mode, text in ("job.sh", 0o644, "#!/bin/sh\n"), ("broken", 0o755, "#!/no/such/interpreter\n"):
             (self.dir / name).write_text(text)
@@ -3695,8 +3688,7 @@ class CommandLineCasesTest(CommandTest):
         (message,) = self.queue().peek_many(9, held=True)
         self.assertEqual((message.attempt, message.state, message.reason), (0, "ready", None))
 
-    def test_the_command_of_work_finds_the_same_database(self) -> None:
-        """(case 37)"""
+    def test_the_command_of_work_finds_the_same_database(self) -> None:  # case 37
         (self.dir / "x" / "below").mkdir(parents=True)
         self.environ.update(BROKER_DEFAULT_DB_NAME="case37.db", BROKER_PROJECT_SCOPE="1")
         names = "$BROKER_DEFAULT_DB_LOCATION $BROKER_DEFAULT_DB_NAME $BROKER_PROJECT_SCOPE"
@@ -3708,8 +3700,7 @@ class CommandLineCasesTest(CommandTest):
         self.dir = self.dir / "x" / "below"
         self.assertLines(("read o --all", f"{self.dir.parent} p.db 0\n".encode()))
 
-    def test_the_last_number_of_a_progress_is_what_was_written(self) -> None:
-        """(case 40, trap 40)"""
+    def test_the_last_number_of_a_progress_is_what_was_written(self) -> None:  # case 40, trap 40
         for name, interrupted in ("ended", False), ("interrupted", True):
             ours, theirs = self.ends(*os.openpty())
             lines = self.spawn("yes", "line")
@@ -3723,8 +3714,7 @@ class CommandLineCasesTest(CommandTest):
             number = int(re.findall(rb"\d[\d,]*", shown)[-1].replace(b",", b""))
             self.assertEqual((number, shown[-1:]), (self.queue(name).count(), b"\n"))
 
-    def test_a_command_that_needs_messages_makes_no_database(self) -> None:
-        """(case 41)"""
+    def test_a_command_that_needs_messages_makes_no_database(self) -> None:  # case 41
         self.assertRan(self.cli("lease", "q"), b"", status=2)
         lines = "read q,peek q,delete q,requeue q,move q r,rename q r,broadcast x"
         self.assertLines(*((line, 2) for line in lines.split(",")), "work q --drain -- true")
@@ -3734,8 +3724,7 @@ class CommandLineCasesTest(CommandTest):
         self.assertLines("write q x -f 1.db", "init -f 2.db", "broadcast x --queue q -f 3.db")
         self.assertEqual([(self.dir / f"{number}.db").exists() for number in (1, 2, 3)], [True] * 3)
 
-    def test_main_works_where_the_standard_streams_are_not_files_and_nothing_warns(self) -> None:
-        """(cases 22 and 42)"""
+    def test_main_works_where_the_standard_streams_are_not_files_and_nothing_warns(self) -> None:  # cases 22 and 42
         self.environ["PYTHONWARNINGS"] = "error"
         code = """
             import io, sys, simplebroker
@@ -3763,8 +3752,7 @@ class CommandLineCasesTest(CommandTest):
         self.assertIn(b"JSON", shown)
         self.assertNotIn(b"json", shown.replace(b"ndjson", b"").replace(b"--json", b"").replace(b".json", b""))
 
-    def test_exclusive_options_and_the_spellings_of_others(self) -> None:
-        """(case 45)"""
+    def test_exclusive_options_and_the_spellings_of_others(self) -> None:  # case 45
         first, second = self.ids("q", "ab")
         for options in (f"-m {first} --all", "-n 1 --all", f"-m {first} -n 1"):
             self.assertLines(*((f"{line} {options}", options[:2]) for line in ("read q", "peek q", "move q r")))
@@ -3950,16 +3938,14 @@ class GrammarTest(CommandTest):
         )  # fmt: skip
         self.assertEqual(os.listdir(self.dir), ["sub"])
 
-    def test_what_follows_two_dashes_is_text(self) -> None:
-        """(trap 9)"""
+    def test_what_follows_two_dashes_is_text(self) -> None:  # trap 9
         texts = ["--", "-h", "--help", "-f", "--version", "-x", "--delay=5", "--cleanup", "-5", "-1.5"]
         self.assertLines(*(f"write q -- {text}" for text in texts), "write -q --delay 0 -- q --status")
         self.assertLines("write -- q --vacuum", "broadcast -- --all")
         self.assertBodies(self.queue(), [*texts, "--status", "--vacuum", "--all"])
         self.assertLines(("read -- q", b"--\n"), ("read -- -q", "queue name"))
 
-    def test_an_option_in_place_of_text_is_an_error_and_deletes_nothing(self) -> None:
-        """(trap 9)"""
+    def test_an_option_in_place_of_text_is_an_error_and_deletes_nothing(self) -> None:  # trap 9
         self.queue("q", ["precious"])
         lines = ["write q --clean", "--clean", "--vers", "write q -x", "write q --js", "write q -1.5", "write q -0"]
         lines += [f"{first} {second}" for first in ACTIONS for second in ACTIONS if first != second]
@@ -3994,8 +3980,7 @@ class GrammarTest(CommandTest):
         self.assertLines(*((line, "error") for line in ["''", "write 'q\n' x", *re.split(r"\n| \| ", lines)]))
         self.assertEqual(os.listdir(self.dir), [])
 
-    def test_an_error_names_the_value_and_the_remedy_and_quiet_hides_none(self) -> None:
-        """(case 44, trap 23)"""
+    def test_an_error_names_the_value_and_the_remedy_and_quiet_hides_none(self) -> None:  # case 44, trap 23
         self.assertLines(
             ("wirte read x", "'wirte' mean 'write'"), ("stats list", "'stats'"), ("read q -n 0", "-n '0'"),
             "-f some.db init", ("-q -f some.db ack q x", "'x' ID.TOKEN"), ("-q nonsense", "'nonsense' help"),
@@ -4065,8 +4050,7 @@ class GrammarTest(CommandTest):
 class SurroundingsTest(CommandTest):
     """Locales, where the file is, standard streams, and other programs."""
 
-    def test_text_passes_unchanged_through_an_ascii_locale(self) -> None:
-        """(trap 3)"""
+    def test_text_passes_unchanged_through_an_ascii_locale(self) -> None:  # trap 3
         self.environ.update(LC_ALL="C", LANG="C", PYTHONIOENCODING="ascii", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
         data = (text := "é € \U0001f600").encode()
         (self.dir / text).mkdir()
@@ -4095,8 +4079,7 @@ class SurroundingsTest(CommandTest):
         scripts = (ROOT / "pyproject.toml").read_text().partition("[project.scripts]")[2].splitlines()[1:3]
         self.assertEqual(scripts, [f'{name} = "simplebroker:run_and_exit"' for name in ("broker", "simplebroker")])
 
-    def test_head_takes_twenty_of_many_and_exactly_the_others_remain(self) -> None:
-        """(traps 1 and 2)"""
+    def test_head_takes_twenty_of_many_and_exactly_the_others_remain(self) -> None:  # traps 1 and 2
         self.assertRan(self.shell("seq 1 10000 | broker write n --lines"), b"")
         first = 1
         for load in (0, 2):
@@ -4110,8 +4093,7 @@ class SurroundingsTest(CommandTest):
                 self.assertEqual(self.queue("n").stats()[:3], (10_001 - first, 0, 0))
         self.assertBodies(self.queue("n"), [str(n) for n in range(first, 10_001)])
 
-    def test_every_command_that_prints_ends_cleanly_when_nobody_reads(self) -> None:
-        """(trap 2)"""
+    def test_every_command_that_prints_ends_cleanly_when_nobody_reads(self) -> None:  # trap 2
         for name in "qrst":
             self.queue(name, ["x" * 1000] * 100)
         lines = "read q --all,read q,peek r --all,watch q,watch r --peek,watch s --move u,lease t,list,dump,--status"
@@ -4292,8 +4274,7 @@ class ConsumerCommandsTest(CommandTest):
         self.assertRan(self.finish(child), b"held\n")
 
     @NEEDS_LOCKS
-    def test_ctrl_c_at_the_terminal_and_its_end_wait_for_the_commands(self) -> None:
-        """(case 38)"""
+    def test_ctrl_c_at_the_terminal_and_its_end_wait_for_the_commands(self) -> None:  # case 38
         import fcntl
         import termios
 
