@@ -1272,7 +1272,7 @@ _MEANINGS = (
     ("disk I/O", "the file cannot be read or written, perhaps at a limit of its size: nothing was changed"),
     ("open database", "the database cannot be opened: check that you may read and write it and its directory"),
 )
-REOPEN_S = 0.1  # for so long a reader tries again to open a file, as it may just be made or deleted
+REOPEN_S = 0.1  # for so long a file is tried to open again, as someone may just make or delete it
 _as_text = partial(str, encoding="utf-8", errors="replace")  # rows of other programs need not be UTF-8
 
 
@@ -1749,7 +1749,7 @@ class SQLiteRunner(SQLRunner):
                 patience_s = REOPEN_S if isinstance(error, OperationalError) else 0.0
                 if identity != before:  # it was deleted or replaced at this moment
                     patience_s = self._timeout_s
-                if write or time.monotonic() - began >= patience_s:
+                if time.monotonic() - began >= patience_s:
                     raise
                 time.sleep(MIN_SLEEP_S)
 
