@@ -276,7 +276,7 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
 
     def rule(text: str) -> int:
         if not (text.isascii() and text.isdigit() and len(text) <= 20 and low <= int(text) <= high):
-            raise ValueError(f"{shown(text)} is not a whole number from {low}")
+            raise ValueError(f"{shown(text)} is not a whole number from {low} to {high}")
         return int(text)
 
     return rule
@@ -1378,8 +1378,7 @@ class SQLiteRunner(SQLRunner):
         self._check_process()
         if self._is_inside():
             return super().transact(function)
-        if threading.get_ident() in self._busy:
-            raise OperationalError("a signal handler cannot write in the middle of another operation of its thread")
+        self._refuse_to_interrupt()
         request = _Request(function, durable)
         self._stand_in_line(request)
         if request.error is not None:
@@ -1483,7 +1482,12 @@ class SQLiteRunner(SQLRunner):
             self._run_inside("SAVEPOINT nested")
             self._depth += 1
         else:
+            self._refuse_to_interrupt()
             self._begin(time.monotonic() + self._timeout_s)
+
+    def _refuse_to_interrupt(self) -> None:
+        if self.is_busy():
+            raise OperationalError("a signal handler cannot write in the middle of another operation of its thread")
 
     def commit(self) -> None:
         """Commit the innermost transaction; the outermost lets the next writer in and syncs."""
@@ -3640,7 +3644,10 @@ def run_move(options: Options) -> int:
             batches = iter([queue.move_many(dest, limit, after=low, before=high)])
         while batch := progress.count(partial(next, batches, [])):
             count += len(batch)
-            output.print(map(options.format, () if options.quiet else batch))
+            try:
+                output.print(map(options.format, () if options.quiet else batch))
+            except BrokenPipeError as error:
+                raise OperationalError(f"nobody reads the output: {count} messages were moved") from error
     return count
 
 

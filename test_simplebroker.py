@@ -4105,8 +4105,9 @@ class SurroundingsTest(CommandTest):
                 self.assertEqual((done.returncode, done.stderr), (0, b""))
         self.assertEqual([self.queue(name).count() for name in "qrstu"], [100, 100, 100, 100, 0])
         streams = {"stdout": writer, "stderr": subprocess.DEVNULL, "capture_output": False}
-        done = self.cli("write", "v", "--lines", "-t", input=b"x\n" * 2000, **streams)
-        self.assertEqual((done.returncode, self.queue("v").count() > 0), (1, True))  # it does not write to the end
+        for line in ("write v --lines -t", "move r v --all"):  # they do not go on to the end, so they must say so
+            done = self.cli(*line.split(), input=b"x\n" * 2000, **streams)
+            self.assertEqual((done.returncode, self.queue("v").delete() > 0), (1, True), line)
 
     def test_output_that_cannot_be_written_is_an_error_and_the_message_stays(self) -> None:
         self.queue("q", "ab")
