@@ -66,7 +66,7 @@ def show_errors(work: Queue, dead: Queue) -> None:
     work.write_many(["good", "shy", "bad"])
     with QueueWatcher(work, fragile, error_handler=on_error, max_attempts=MAX_ATTEMPTS, backoff=BACKOFF_S):
         message = dead.read(wait=30.0)
-        print("dead:", message, "because:", message.reason if message else None)
+    print("dead:", message, "because:", message.reason if message else None)
 
 
 def main() -> None:
