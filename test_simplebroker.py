@@ -3135,14 +3135,14 @@ class InterruptTest(ForkTest):
                 raise KeyboardInterrupt
             return on_line
 
-        ours = simplebroker.__file__
+        ours, before = simplebroker.__file__, sys.gettrace()
         sys.settrace(lambda frame, *_: (lambda *_: on_line) if frame.f_code.co_filename == ours else None)
         try:
             act()
         except KeyboardInterrupt:
             pass
         finally:
-            sys.settrace(None)
+            sys.settrace(before)  # that of coverage
         return left < 0
 
     @staticmethod
