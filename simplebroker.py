@@ -1378,8 +1378,9 @@ class SQLiteRunner(SQLRunner):
         self._check_process()
         if self._is_inside():
             return super().transact(function)
-        self._refuse_to_interrupt()
         request = _Request(function, durable)
+        if request.thread in self._busy:
+            raise self._interrupting()
         self._stand_in_line(request)
         if request.error is not None:
             raise request.error
@@ -1481,13 +1482,13 @@ class SQLiteRunner(SQLRunner):
         if self._is_inside():
             self._run_inside("SAVEPOINT nested")
             self._depth += 1
+        elif self.is_busy():
+            raise self._interrupting()
         else:
-            self._refuse_to_interrupt()
             self._begin(time.monotonic() + self._timeout_s)
 
-    def _refuse_to_interrupt(self) -> None:
-        if self.is_busy():
-            raise OperationalError("a signal handler cannot write in the middle of another operation of its thread")
+    def _interrupting(self) -> OperationalError:
+        return OperationalError("a signal handler cannot write in the middle of another operation of its thread")
 
     def commit(self) -> None:
         """Commit the innermost transaction; the outermost lets the next writer in and syncs."""
@@ -1529,23 +1530,28 @@ class SQLiteRunner(SQLRunner):
     def _is_inside(self) -> bool:
         return self._owner == threading.get_ident()
 
-    def _take_mutex(self, deadline: float) -> None:
+    def _take_mutex(self, deadline: float) -> bool:
+        """Return whether another thread had it; OperationalError at the deadline."""
+        if self._mutex.acquire(blocking=False):
+            return False
         if not self._mutex.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise OperationalError(
                 f"the database is busy: another thread is in a transaction on {self.path!r} for longer than"
                 " BROKER_BUSY_TIMEOUT"
             )
+        return True
 
     @_resets
     def _begin(self, deadline: float) -> None:
         """Take the mutex and the writer lock, and begin. OperationalError at the deadline, with nothing held."""
-        self._take_mutex(deadline)
+        waited = self._take_mutex(deadline)
         try:
             if self._connection is None:
                 self._use_current_file()  # refuses a foreign file before a lock file is put beside it
-            self._lock.acquire(deadline)
+            waited |= self._lock.acquire(deadline)
             self._use_current_file(deadline)
-            self._share_timeout(deadline)
+            if waited or self._short_timeout:
+                self._share_timeout(deadline)
             if self._hole:
                 self._close_hole()
             self._execute("BEGIN IMMEDIATE")
@@ -1681,7 +1687,7 @@ class SQLiteRunner(SQLRunner):
 
     def _inside(self) -> sqlite3.Connection:
         """The connection, which is in a transaction of this thread; else OperationalError."""
-        if not self._is_inside():
+        if self._owner != threading.get_ident():
             raise OperationalError("this thread has no open transaction (a forked child does not inherit one)")
         if self._connection is None or not self._connection.in_transaction:
             raise OperationalError(
