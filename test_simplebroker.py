@@ -2042,7 +2042,8 @@ class NotifierTest(ConsumerTest):
         self.assertLessEqual(sum("inotify" in name for name in descriptors()), 1)
         used = time.process_time()
         self.pause(0.5)
-        self.assertLess(time.process_time() - used, 0.1)
+        compiles = sys.implementation.name == "pypy"  # meanwhile
+        self.assertLess(time.process_time() - used, 0.4 if compiles else 0.1)
 
     def test_a_fork_while_a_thread_begins_to_wait_leaves_no_lock_held_and_both_sides_awake(self) -> None:
         """Trap 18: the child hung in its first write, with the writer lock held."""
