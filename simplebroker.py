@@ -3581,15 +3581,21 @@ def run_write(options: Options) -> None:
     queue, (_, *given) = options.queue(), options.operands
     if options.lines and given:
         raise UsageError("--lines reads standard input: give no message")
-    settings, output = queue.broker.settings, Output() if options.json or options.stamps else None
-    shape = b'{"timestamp": "%019d"}\n' if options.json else b"%019d\n"
+    settings = queue.broker.settings
     batches = arriving_lines(settings) if options.lines else [[message_text(given[0] if given else None, settings)]]
+    with Progress("messages written", options, wanted=options.lines) as progress:
+        write_batches(options, queue, batches, progress)
+
+
+def write_batches(options: Options, queue: Queue, batches: Iterable[list[str]], progress: Progress) -> None:
+    """Write each in one transaction, and print its ids if they are wanted."""
+    output = Output() if options.json or options.stamps else None
+    shape = b'{"timestamp": "%019d"}\n' if options.json else b"%019d\n"
     try:
-        with Progress("messages written", options, wanted=options.lines) as progress:
-            for bodies in batches:  # each in one transaction
-                ids = progress.count(partial(queue.write_many, bodies, delay=options.delay))
-                if output is not None:
-                    output.print(shape % id for id in ids)
+        for bodies in batches:
+            ids = progress.count(partial(queue.write_many, bodies, delay=options.delay))
+            if output is not None:
+                output.print(shape % id for id in ids)
     except BrokenPipeError as error:
         raise OperationalError(f"nobody reads the ids: the last message written is {shown_id(ids[-1])}") from error
 
