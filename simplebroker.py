@@ -1375,12 +1375,9 @@ class SQLiteRunner(SQLRunner):
         An error undoes what this function did, and nothing of the others. Blocks up to BROKER_BUSY_TIMEOUT,
         then OperationalError. NotSynced if it is committed but the disk failed to sync.
         """
-        self._check_process()
-        if self._is_inside():
+        if self._enters_nested():
             return super().transact(function)
         request = _Request(function, durable)
-        if request.thread in self._busy:
-            raise self._interrupting()
         self._stand_in_line(request)
         if request.error is not None:
             raise request.error
@@ -1468,27 +1465,28 @@ class SQLiteRunner(SQLRunner):
         if not shared:
             request.result = request.function(self.run)
             return
-        self._execute("SAVEPOINT one")
         try:
-            request.result = request.function(self.run)
+            request.result = super().transact(request.function)  # a savepoint
         except BaseException as error:  # noqa: BLE001 - an exit, too, is for the thread that asked
             request.error = error
-            self._run_inside("ROLLBACK TO one")
-        self._execute("RELEASE one")
 
     def begin_immediate(self) -> None:
         """Start a transaction, or a nested one. Blocks up to BROKER_BUSY_TIMEOUT, then OperationalError."""
-        self._check_process()
-        if self._is_inside():
+        if self._enters_nested():
             self._run_inside("SAVEPOINT nested")
             self._depth += 1
-        elif self.is_busy():
-            raise self._interrupting()
         else:
             self._begin(time.monotonic() + self._timeout_s)
 
-    def _interrupting(self) -> OperationalError:
-        return OperationalError("a signal handler cannot write in the middle of another operation of its thread")
+    def _enters_nested(self) -> bool:
+        """Is the transaction that this thread begins inside another one of its own?"""
+        self._check_process()
+        thread = threading.get_ident()
+        if self._owner == thread:
+            return True
+        if thread in self._busy:
+            raise OperationalError("a signal handler cannot write in the middle of another operation of its thread")
+        return False
 
     def commit(self) -> None:
         """Commit the innermost transaction; the outermost lets the next writer in and syncs."""
