@@ -810,12 +810,12 @@ class WriterLock:
         # Monotonic times: it was taken, it is left to others until, its file was compared with the path.
         self._taken_at = self._away_until = self._checked_at = 0.0
 
-    def acquire(self, deadline: float, *, check: bool = False) -> bool:
-        """Take the lock; OperationalError at the monotonic deadline. Return whether others had it.
+    def acquire(self, deadline: float, *, check: bool = False) -> None:
+        """Take the lock; OperationalError at the monotonic deadline.
 
         ``check``: compare the file with its path in any case. Allowed while the lock is held.
         """
-        waited, pause_s = False, self._away_until - time.monotonic()
+        pause_s = self._away_until - time.monotonic()
         if pause_s > 0:
             time.sleep(pause_s)
         while self.usable:
@@ -829,16 +829,15 @@ class WriterLock:
                     ) from None
                 low, high = LOCK_PAUSE_US
                 time.sleep((low + time.monotonic_ns() % (high - low)) / 1e6)  # importing random costs 2 ms
-                waited = True
+                check = True  # whoever had it may have replaced the file
                 continue
             except OSError:  # ENOSYS, ENOLCK, EOPNOTSUPP: no locks on this file system
                 self.usable = False
-                break
+                return
             self._taken_at = time.monotonic()
-            if not (waited or check or self._taken_at - self._checked_at > LOCK_CHECK_S) or self._is_current(fd):
-                break
+            if not (check or self._taken_at - self._checked_at > LOCK_CHECK_S) or self._is_current(fd):
+                return
             self.close()  # someone replaced the file: two holders could each own a lock of that name
-        return waited
 
     def release(self) -> None:
         """Let the next writer in."""
@@ -879,6 +878,7 @@ class WriterLock:
         self._checked_at = time.monotonic()
         mine = os.fstat(fd)
         return (mine.st_dev, mine.st_ino) == file_identity(self.path)
+
 
 # ---------------------------------------------------------------------------------------------------
 # Notifier: one background thread per database and process, while somebody waits. It sleeps in inotify on the lock
@@ -1272,6 +1272,7 @@ _MEANINGS = (
     ("disk I/O", "the file cannot be read or written, perhaps at a limit of its size: nothing was changed"),
     ("open database", "the database cannot be opened: check that you may read and write it and its directory"),
 )
+TIMEOUT_SLACK_S = 0.05  # a wait that is shorter than this leaves SQLite's busy timeout as it is
 REOPEN_S = 0.1  # for so long a file is tried to open again, as someone may just make or delete it
 _as_text = partial(str, encoding="utf-8", errors="replace")  # rows of other programs need not be UTF-8
 
@@ -1528,28 +1529,26 @@ class SQLiteRunner(SQLRunner):
     def _is_inside(self) -> bool:
         return self._owner == threading.get_ident()
 
-    def _take_mutex(self, deadline: float) -> bool:
-        """Return whether another thread had it; OperationalError at the deadline."""
+    def _take_mutex(self, deadline: float) -> None:
+        """OperationalError at the deadline."""
         if self._mutex.acquire(blocking=False):
-            return False
+            return
         if not self._mutex.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise OperationalError(
                 f"the database is busy: another thread is in a transaction on {self.path!r} for longer than"
                 " BROKER_BUSY_TIMEOUT"
             )
-        return True
 
     @_resets
     def _begin(self, deadline: float) -> None:
         """Take the mutex and the writer lock, and begin. OperationalError at the deadline, with nothing held."""
-        waited = self._take_mutex(deadline)
+        self._take_mutex(deadline)
         try:
             if self._connection is None:
                 self._use_current_file()  # refuses a foreign file before a lock file is put beside it
-            waited |= self._lock.acquire(deadline)
+            self._lock.acquire(deadline)
             self._use_current_file(deadline)
-            if waited or self._short_timeout:
-                self._share_timeout(deadline)
+            self._share_timeout(deadline)
             if self._hole:
                 self._close_hole()
             self._execute("BEGIN IMMEDIATE")
@@ -1714,11 +1713,11 @@ class SQLiteRunner(SQLRunner):
         return DatabaseError(f"{self.path!r} is not a SimpleBroker database, or is damaged: {text}")
 
     def _share_timeout(self, deadline: float) -> None:
-        """SQLite's own waiting gets what is left of the time: there is one deadline."""
-        left_ms = max(0, int((deadline - time.monotonic()) * 1000))
-        short = left_ms < self.settings.busy_timeout_ms - 50
+        """SQLite's own waiting gets what is left of the time, if that is noticeably less: there is one deadline."""
+        left_s = deadline - time.monotonic()
+        short = left_s < self._timeout_s - TIMEOUT_SLACK_S
         if short or self._short_timeout:
-            self._execute(f"PRAGMA busy_timeout = {left_ms if short else self.settings.busy_timeout_ms}")
+            self._execute(f"PRAGMA busy_timeout = {max(0, int((left_s if short else self._timeout_s) * 1000))}")
             self._short_timeout = short
 
     def _data_version(self) -> object:
