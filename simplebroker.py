@@ -2011,13 +2011,9 @@ class _Snapshot(SQLiteRunner):
         self._exclusively(begin)  # no fork comes in the middle of a statement
         return self.run
 
-    def run(self, sql: str, params: Any = (), *, fetch: bool = False) -> list[Any]:
-        def read(deadline: float) -> list[Any]:
-            if self._connection is None:
-                self._use_current_file()  # in a forked child: raises, as the connection is the parent's
-            return self._execute(sql, params)
-
-        return self._exclusively(read)
+    def _use_current_file(self, deadline: float | None = None) -> None:
+        if not self._depth:  # else it stays with its file. (In a forked child it is refused, as it is the parent's.)
+            super()._use_current_file(deadline)
 
     def __exit__(self, *_: object) -> None:
         self._depth = 0
