@@ -2514,8 +2514,7 @@ class Queue:
                     try:
                         yield message
                     except BaseException:  # the loop was left: this message was seen, the rest of the batch not
-                        if not self.broker.runner.is_busy():
-                            leases.release(message)
+                        leases.release(message)
                         raise
                     leases.ack(message)
 
@@ -2904,8 +2903,8 @@ class LeasesInFlight:
             log_warning("queue %s: handled, but %s", self._queue.name, error)
 
     def release(self, message: Message, *, delay: float | None = None, reason: str | None = None) -> None:
-        """Give one back, as Queue.release(); a lost lease is logged."""
-        if self._pid == os.getpid():
+        """Give one back, as Queue.release(); a lost lease is logged. In a finalizer __exit__() sees to it."""
+        if self._pid == os.getpid() and not self._queue.broker.runner.is_busy():
             self.settle(self._queue.release, message, delay=delay, reason=reason)
 
     def settle(self, act: Callable[..., object], message: Message, *args: object, **more: object) -> bool:
