@@ -48,7 +48,7 @@ import threading
 import time
 import weakref
 from collections import namedtuple
-from functools import partial, wraps
+from functools import partial
 
 try:
     import fcntl
@@ -64,7 +64,6 @@ if TYPE_CHECKING:
     from typing import Any, Callable, NoReturn, TypeVar, Union
 
     T = TypeVar("T")
-    F = TypeVar("F", bound=Callable[..., Any])
     StrPath = Union[str, os.PathLike[str]]
     Id = Union[int, str, None]
     Run = Callable[..., list[Any]]
@@ -1311,20 +1310,6 @@ class _Request:
             pass
 
 
-def _resets(method: F) -> F:
-    """A method of SQLiteRunner after which an interrupt leaves nothing locked; see _reset_after()."""
-
-    @wraps(method)
-    def call(self: SQLiteRunner, *args: Any) -> Any:
-        try:
-            return method(self, *args)
-        except BaseException as error:
-            self._reset_after(error)
-            raise
-
-    return call  # type: ignore[return-value]
-
-
 class SQLiteRunner(SQLRunner):
     """The runner for SQLite files: one connection, for all threads of the process.
 
@@ -1352,7 +1337,7 @@ class SQLiteRunner(SQLRunner):
     def _begin_anew(self) -> None:
         self._pid = os.getpid()
         # Guards the connection, the writer lock and the fields below. A thread that is in a transaction holds it from
-        # begin_immediate() to commit() or rollback(). Re-entrant only so that _reset_after() can tell whose it is.
+        # begin_immediate() to commit() or rollback(). Re-entrant only so that _reset() can tell whose it is.
         self._mutex = threading.RLock()
         self._identity: tuple[int, int] | None = None  # of the file that the connection has open; None: no file
         self._opened = 0  # counts the connections
@@ -1379,7 +1364,7 @@ class SQLiteRunner(SQLRunner):
         if self._enters_nested():
             return super().transact(function)
         request = _Request(function, durable)
-        self._stand_in_line(request)
+        self._or_reset(self._stand_in_line, request)
         if request.error is not None:
             raise request.error
         result: T = request.result
@@ -1389,7 +1374,6 @@ class SQLiteRunner(SQLRunner):
     # their functions one after the other (each in a savepoint), commits and syncs once, and wakes them. Who is first in
     # the queue after that leads the next. Who waits for longer than the timeout leaves the queue, unless it is served.
 
-    @_resets
     def _stand_in_line(self, request: _Request) -> None:
         """Return when a request is done, by this thread or by another."""
         deadline = time.monotonic() + self._timeout_s
@@ -1477,7 +1461,7 @@ class SQLiteRunner(SQLRunner):
             self._run_inside("SAVEPOINT nested")
             self._depth += 1
         else:
-            self._begin(time.monotonic() + self._timeout_s)
+            self._or_reset(self._begin, time.monotonic() + self._timeout_s)
 
     def _enters_nested(self) -> bool:
         """Is the transaction that this thread begins inside another one of its own?"""
@@ -1496,7 +1480,7 @@ class SQLiteRunner(SQLRunner):
             self._run_inside("RELEASE nested")
             self._depth -= 1
             return
-        failure = self._commit(True)
+        failure = self._or_reset(self._commit, True)
         if failure is not None:
             raise NotSynced(failure)
 
@@ -1505,7 +1489,7 @@ class SQLiteRunner(SQLRunner):
         self._check_process()
         depth = self.depth() - 1
         if depth == 0:
-            self._roll_back()
+            self._or_reset(self._roll_back)
         elif depth > 0:
             try:
                 if self._connection is not None and self._connection.in_transaction:
@@ -1539,7 +1523,6 @@ class SQLiteRunner(SQLRunner):
                 " BROKER_BUSY_TIMEOUT"
             )
 
-    @_resets
     def _begin(self, deadline: float) -> None:
         """Take the mutex and the writer lock, and begin. OperationalError at the deadline, with nothing held."""
         self._take_mutex(deadline)
@@ -1558,7 +1541,6 @@ class SQLiteRunner(SQLRunner):
             raise
         self._notify, self._depth, self._owner = False, 1, threading.get_ident()
 
-    @_resets
     def _commit(self, durable: bool) -> str | None:
         """Commit, notify, let the next writer in, and sync with nothing held. Return what is wrong with the sync."""
         self._run_inside("COMMIT")
@@ -1570,7 +1552,6 @@ class SQLiteRunner(SQLRunner):
         self._give_up_locks()
         return None if log is None else self._sync(log)
 
-    @_resets
     def _roll_back(self) -> None:
         """Roll back, and let the next writer in. A connection that cannot roll back is closed, which does it."""
         try:
@@ -1606,11 +1587,18 @@ class SQLiteRunner(SQLRunner):
             raise OperationalError(f"{self.path!r} could not be synced, and a reader is in the way of doing it again")
         self._hole = False
 
-    def _reset_after(self, error: BaseException) -> None:
+    def _or_reset(self, act: Callable[..., T], *args: object) -> T:
+        """Call act(), after which an interrupt leaves nothing locked."""
+        try:
+            return act(*args)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                self._reset()
+            raise
+
+    def _reset(self) -> None:
         """KeyboardInterrupt and its kind can arrive between any two bytecodes, so nothing is known about the
         connection: close it (SQLite rolls back), and drop every lock that this thread has, whatever the depth."""
-        if isinstance(error, Exception):
-            return
         self._busy.discard(threading.get_ident())
         for request in list(self._queue):
             if request.thread == threading.get_ident():  # a second interrupt kept it in the queue
@@ -1631,17 +1619,19 @@ class SQLiteRunner(SQLRunner):
             except RuntimeError:  # it is free
                 pass
 
-    @_resets
     def _exclusively(self, function: Callable[[float], T]) -> T:
         """Call ``function(deadline)`` with the mutex held, outside of transactions."""
         self._check_process()
         if self._is_inside():
             raise UsageError("this thread is in a transaction: do this after it")
-        deadline = time.monotonic() + self._timeout_s
+        result: T = self._or_reset(self._with_mutex, function, time.monotonic() + self._timeout_s)
+        return result
+
+    def _with_mutex(self, function: Callable[[float], T], deadline: float) -> T:
         self._take_mutex(deadline)
         try:
             result = function(deadline)
-        except Exception:  # not "finally": after an interrupt the mutex is for _reset_after()
+        except Exception:  # not "finally": after an interrupt the mutex is for _reset()
             self._mutex.release()
             raise
         self._mutex.release()
