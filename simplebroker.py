@@ -429,6 +429,7 @@ ADVANCE_LAST_ID = f"UPDATE meta SET last_id = CASE WHEN {_LAST_ID} = ? THEN ? EN
 
 # Takes the next id by itself, from the time now or the last id; cursor.lastrowid tells it. INSERT_READY is for those
 # that follow, HOLD_WRITTEN for a delay: held_until as a parameter would cost each row a fifth more, for both indexes.
+# INSERT_MESSAGE is for runners that have nothing like lastrowid, INSERT_LOADED for a dump.
 INSERT_NEXT = f"INSERT INTO messages (id, queue, body) VALUES ((SELECT max(?, 1 + {_LAST_ID}) FROM meta), ?, ?)"
 INSERT_READY = "INSERT INTO messages (id, queue, body) VALUES (?, ?, ?)"
 HOLD_WRITTEN = "UPDATE messages SET held_until = ? WHERE id >= ? AND id < ?"
@@ -498,6 +499,7 @@ SELECT NOT EXISTS (SELECT 1 FROM messages WHERE queue = ? AND held_until IS NULL
 SELECT_COUNT = """\
 SELECT (SELECT count(*) FROM messages WHERE queue = ? AND held_until IS NULL)
      + (SELECT count(*) FROM messages WHERE queue = ? AND held_until <= ?)"""
+# Of every state, between two ids.
 SELECT_STORED = """\
 SELECT (SELECT count(*) FROM messages WHERE queue = ? AND held_until IS NULL AND id > ? AND id < ?)
      + (SELECT count(*) FROM messages WHERE queue = ? AND held_until IS NOT NULL AND +id > ? AND +id < ?)"""
@@ -688,7 +690,7 @@ def _parse_iso(text: str) -> datetime:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Paths: where the database is, and that it stays where it was put.
+# Paths: where the database is, that it stays where it was put, and which file a path names now.
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -751,19 +753,6 @@ def _nearest(name: str) -> str:
     return here
 
 
-# ---------------------------------------------------------------------------------------------------
-# Writer lock: writers of all processes take turns here instead of sleeping in SQLite's busy handler. A holder has it
-# for some tens of microseconds and then leaves to sync, so it is enough to try again and again. The file beside the
-# database is never deleted but by --cleanup. It also is what watchers are notified by.
-# ---------------------------------------------------------------------------------------------------
-
-LOCK_SUFFIX = ".lock"
-LOCK_PAUSE_US = (50, 800)  # between two tries, at random; a pause that grows makes the longest waits longer
-LOCK_LONG_S = 0.003  # who had the lock for longer than this ...
-LOCK_AWAY_S = 0.001  # ... stays away for so long, so that others find it free
-LOCK_CHECK_S = 0.1  # how often the file is compared with its path
-
-
 def file_identity(path: str) -> tuple[int, int] | None:
     """Device and inode of the file that a path names; None if there is none. OperationalError if that is unknown.
 
@@ -793,6 +782,19 @@ def make_directory_of(path: str) -> None:
         os.makedirs(directory, 0o700, exist_ok=True)
     except OSError as error:
         raise OperationalError(f"the directory {directory!r} cannot be made: {error.strerror}") from error
+
+
+# ---------------------------------------------------------------------------------------------------
+# Writer lock: writers of all processes take turns here instead of sleeping in SQLite's busy handler. A holder has it
+# for some tens of microseconds and then leaves to sync, so it is enough to try again and again. The file beside the
+# database is never deleted but by --cleanup. It also is what watchers are notified by.
+# ---------------------------------------------------------------------------------------------------
+
+LOCK_SUFFIX = ".lock"
+LOCK_PAUSE_US = (50, 800)  # between two tries, at random; a pause that grows makes the longest waits longer
+LOCK_LONG_S = 0.003  # who had the lock for longer than this ...
+LOCK_AWAY_S = 0.001  # ... stays away for so long, so that others find it free
+LOCK_CHECK_S = 0.1  # how often the file is compared with its path
 
 
 class WriterLock:
@@ -890,8 +892,8 @@ NOTIFIED_LOOK_S = 0.5  # how often it looks by itself where inotify works
 MAX_SLEEP_S = 1.0  # of a waiter: the clock may step past the time at which a message becomes due
 MIN_SLEEP_S = 0.001
 SLICE_S = 0.1  # that the notifier sleeps at once
-_ending = False  # the interpreter ends
 YIELD_S = 0.0005  # after waking others, so that they and not it have the interpreter and the connection first
+_ending = False  # the interpreter ends; see _end_notifiers()
 
 
 class Waiter:
@@ -1049,7 +1051,7 @@ class Notifier:
                     self._attempt(client, failing)
 
     def _attempt(self, client: Any, failing: set[Any]) -> bool:
-        """Call run(); False if it failed, which is logged once, and it is tried again."""
+        """Call run() of a client, or of this notifier; False if it failed, which is logged once, and tried again."""
         try:
             client.run()
             failing.discard(client)
@@ -1112,7 +1114,7 @@ atexit.register(_end_notifiers)
 # ---------------------------------------------------------------------------------------------------
 # Runners: the only code that talks to a database. The way of one message:
 #
-#   Queue.write -> Broker.transact -> SQLiteRunner.transact(function)
+#   Queue.write -> SQLRunner.write -> SQLiteRunner.transact(function)      (all others: Broker.transact -> ...)
 #       the mutex (threads of this process), or a place in the commit queue behind who has it
 #       the lock file (processes)
 #       BEGIN IMMEDIATE, function(run), COMMIT with synchronous=NORMAL
@@ -1192,7 +1194,7 @@ class SQLRunner:
     def write(
         self, queue: str, bodies: Sequence[str], held_until: Callable[[int], int | None], clock: Callable[[], int]
     ) -> list[int]:
-        """Write checked bodies in a transaction, or in that of this thread; see insert()."""
+        """insert() in a transaction, or in that of this thread; for itself, so that a server needs one round trip."""
 
         def insert(run: Run) -> list[int]:
             now = clock()
@@ -1254,7 +1256,11 @@ class Transaction:
             raise
 
     def _undo(self) -> None:
-        """Roll back after an error, which is the one to report, unless that is done."""
+        """Roll back after an error, which is the one to report, unless the transaction has ended.
+
+        (An interrupt can come after its end. To roll back then would end the one around it, and what follows there
+        would be committed alone.)
+        """
         if self._runner.depth() == self._depth >= 0:
             return
         try:
@@ -1340,13 +1346,13 @@ class SQLiteRunner(SQLRunner):
         # begin_immediate() to commit() or rollback(). Re-entrant only so that _reset() can tell whose it is.
         self._mutex = threading.RLock()
         self._identity: tuple[int, int] | None = None  # of the file that the connection has open; None: no file
-        self._opened = 0  # counts the connections
+        self._opened = 0  # counts the connections: a data version means something within one only
         self._writable = False  # the connection has been prepared for writing
         self._depth = self._owner = 0  # nested transactions, and the thread that is in them. May be read by anyone.
         self._notify = False  # the transaction has made something deliverable
         self._changes = 0  # total_changes of the connection when the transaction began
         self._forking = 0  # the thread that holds the mutex because it forks
-        self._short_timeout = False  # SQLite's own busy timeout is shortened
+        self._short_timeout = False  # SQLite's own busy timeout is shortened, by _share_timeout() or vacuum()
         self._hole = False  # a sync failed: the log may have a hole on the disk
         self._busy: set[int] = set()  # threads that stand in the queue, or lead; each adds and discards itself
         # The commit queue: threads that found the mutex taken. The first is the leader, and waits for the mutex.
@@ -2591,7 +2597,8 @@ class Queue:
 
     def wait_for(self, act: Callable[[], T], wait: float | None, low: int = 0, high: int = MAX_ID + 1) -> T:
         """Call act() and return its result. ``wait`` seconds: again when a message between two ids is ready, until the
-        result is true or the time is over."""
+        result is true or the time is over. (The first call comes before anything is made to wait with, such as the
+        notifier's thread. As it may be for nothing, act() itself should look before it takes the writer lock.)"""
         if wait is not None and (isinstance(wait, bool) or not wait >= 0):
             raise ValueError(f"wait is a number of seconds from 0, not {wait!r}")
         result = act()
