@@ -2861,12 +2861,10 @@ class LeasesInFlight:
             self.next_at = time.monotonic() + self._period_s
             self._queue.broker.runner.notifier.add(self)
 
-    def take(
-        self, limit: int | None = None, low: int = 0, high: int = MAX_ID + 1, *, look: bool = True
-    ) -> list[Message]:
-        """Lease up to ``limit`` messages between two ids; None: few while they are worked on slowly, more
-        while fast. ``look``: without the writer lock first."""
-        if look and not self._queue.look(low, high)[0]:
+    def take(self, limit: int | None = None, low: int = 0, high: int = MAX_ID + 1) -> list[Message]:
+        """Lease up to ``limit`` messages between two ids; None: few while they are worked on slowly, more while fast.
+        Where there is nothing, no writer lock is taken."""
+        if not self._queue.look(low, high)[0]:
             return []
         now = time.monotonic()
         fast = now - self._taken_at <= FAST_BATCH_S
@@ -3121,7 +3119,7 @@ class QueueWatcher:
     # -- the three ways to take messages, when there are some
 
     def _lease_batch(self) -> None:
-        batch = self._leases.take(self._batch_size, self.position, look=False)
+        batch = self._leases.take(self._batch_size, self.position)
         for message in batch:
             if self._stopped():
                 break
@@ -3830,7 +3828,7 @@ class Worker(QueueWatcher):
 
     def _lease_batch(self) -> None:
         with self._job.guard:  # one after the other, so that -n commands get the oldest messages
-            batch = self._leases.take(1, look=False) if self._job.left and not self._stopped() else []
+            batch = self._leases.take(1) if self._job.left and not self._stopped() else []
             self._job.left -= sum(message.attempt <= self._max_attempts for message in batch)
         for message in batch:
             self._attempt(message)
