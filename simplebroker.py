@@ -260,11 +260,6 @@ def logger() -> logging.Logger:
     return logging.getLogger("simplebroker")
 
 
-def log_warning(text: str, *values: object) -> None:
-    """Log to the logger "simplebroker"."""
-    logger().warning(text, *values)
-
-
 # ---------------------------------------------------------------------------------------------------
 # Settings: what can be configured. Read once, frozen, and passed on.
 # ---------------------------------------------------------------------------------------------------
@@ -1017,7 +1012,7 @@ class Notifier:
             self._thread = None
             if not isinstance(error, RuntimeError):
                 raise
-            log_warning("waiting without a notifier: %s", error)
+            logger().warning("waiting without a notifier: %s", error)
 
     def remove(self, client: Any) -> None:
         """Serve it no longer."""
@@ -1058,7 +1053,7 @@ class Notifier:
             return True
         except Exception as error:  # noqa: BLE001 - of a system call, of the database, or of a closed queue
             if client not in failing:
-                log_warning("the notifier failed, trying again: %s", error)
+                logger().warning("the notifier failed, trying again: %s", error)
             failing.add(client)
             return False
 
@@ -1266,7 +1261,7 @@ class Transaction:
         try:
             self._runner.rollback()
         except Exception as error:  # noqa: BLE001 - whatever a runner raises
-            log_warning("rollback failed too: %s", error)
+            logger().warning("rollback failed too: %s", error)
 
 
 # What SQLite's messages mean here; the first that matches.
@@ -1564,7 +1559,7 @@ class SQLiteRunner(SQLRunner):
             if self._connection is not None and self._connection.in_transaction:
                 self._execute("ROLLBACK")
         except BrokerError as error:  # the connection is of no use then; closing it rolls back
-            log_warning("rollback failed too: %s", error)
+            logger().warning("rollback failed too: %s", error)
             self._disconnect()
         self._give_up_locks()
 
@@ -1615,7 +1610,7 @@ class SQLiteRunner(SQLRunner):
             self._depth = self._owner = 0
             self._disconnect()
         except sqlite3.Error as second:  # PyPy's sqlite3 can be interrupted itself
-            log_warning("%s: the connection could not be closed: %s", self.path, second)
+            logger().warning("%s: the connection could not be closed: %s", self.path, second)
         finally:
             self._lock.release()
             self._lock.close()
@@ -2387,7 +2382,7 @@ def _parse_dump_line(line: str | bytes, max_bytes: int, *, header: bool) -> tupl
             raise ValueError(f"not a {DUMP_FORMAT} of version {DUMP_VERSION}")
         return _dumped_number(record.get("last_ts", 0), "last_ts", high=LAST_LOADED_ID)
     if kind == "alias":
-        log_warning("alias %s: aliases are not supported, skipped", shown(record.get("alias")))
+        logger().warning("alias %s: aliases are not supported, skipped", shown(record.get("alias")))
         return None
     if kind != "message":
         raise ValueError(f"unknown type {shown(kind)}")
@@ -2530,7 +2525,7 @@ class Queue:
         try:
             return self._claim(low, high, limit, remove)
         except NotSynced as error:  # they are removed, and nobody else has them
-            log_warning("read, but %s", error)
+            logger().warning("read, but %s", error)
             return list(error.result)
 
     def _claim(
@@ -2895,7 +2890,7 @@ class LeasesInFlight:
             return lost
 
         for error in self._queue.broker.transact(ack) if messages else ():
-            log_warning("queue %s: handled, but %s", self._queue.name, error)
+            logger().warning("queue %s: handled, but %s", self._queue.name, error)
 
     def release(self, message: Message, *, delay: float | None = None, reason: str | None = None) -> None:
         """Give one back, as Queue.release(); a lost lease is logged. In a finalizer __exit__() sees to it."""
@@ -2910,7 +2905,7 @@ class LeasesInFlight:
             act(message, *args, **more)
             return True
         except LeaseLost as error:
-            log_warning("queue %s: %s", self._queue.name, error)
+            logger().warning("queue %s: %s", self._queue.name, error)
             return False
 
     def nack(self) -> None:
@@ -3071,7 +3066,7 @@ class QueueWatcher:
                         else:
                             self._sleep(min(pause, self._longest_s), wakes=True)
                     except sqlite3.OperationalError as error:  # busy, or a full disk: nothing is lost, go on later
-                        log_warning("watcher of %s: %s", self.queue.name, error)
+                        logger().warning("watcher of %s: %s", self.queue.name, error)
                         self._sleep(BUSY_PAUSE_S)
         finally:
             self._running.release()
@@ -3202,7 +3197,7 @@ class QueueWatcher:
         dest = self.queue.check_dead_letter(self._dead_letter)
         if self._leases.settle(self.queue.move_leased, message, dest, why):
             self.dead_lettered += 1
-            log_warning("queue %s: message %d is dead-lettered: %s", message.queue, message.id, why)
+            logger().warning("queue %s: message %d is dead-lettered: %s", message.queue, message.id, why)
 
 
 class QueueMoveWatcher(QueueWatcher):

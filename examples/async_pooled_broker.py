@@ -325,7 +325,7 @@ class AsyncQueue:
                 except Exception as error:  # noqa: BLE001 - whatever it is, the message comes again
                     why, count = core.describe(error), message.attempt
             if count >= max_attempts:
-                core.log_warning("queue %s: message %d is dead-lettered: %s", self.name, message.id, why)
+                core.logger().warning("queue %s: message %d is dead-lettered: %s", self.name, message.id, why)
                 return await consumer.settle(self.dead_letter, message, dead_letter, reason=f"{why} (attempt {count})")
             return await consumer.settle(self.release, message, delay=core.backoff_s(backoff, count), reason=why)
 
@@ -335,7 +335,7 @@ class AsyncQueue:
                     for message in await self._find(lambda: consumer.take(1), 0, ext.MAX_ID + 1, 60):
                         await attempt(message)
                 except sqlite3.OperationalError as error:  # busy, or a full disk: nothing is lost, go on later
-                    core.log_warning("watch of %s: %s", self.name, error)
+                    core.logger().warning("watch of %s: %s", self.name, error)
                     await asyncio.sleep(PAUSE_S)
 
     async def ack(self, message: Message) -> None:
@@ -497,7 +497,7 @@ class Consumer:
         try:
             await verdict(message, *args, **more)
         except LeaseLost as error:  # someone else has it
-            core.log_warning("queue %s: %s", message.queue, error)
+            core.logger().warning("queue %s: %s", message.queue, error)
 
     async def close(self) -> None:
         """Give back what is left. The attempt counts of what was handed over."""
@@ -521,7 +521,7 @@ class Consumer:
                 try:
                     await self._queue.extend(message, self._lease_s)
                 except (LeaseLost, sqlite3.OperationalError) as error:  # its owner meets the same error
-                    core.log_warning("queue %s: a lease cannot be extended: %s", message.queue, error)
+                    core.logger().warning("queue %s: a lease cannot be extended: %s", message.queue, error)
 
 
 async def demonstrate(path: str) -> None:

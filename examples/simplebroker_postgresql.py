@@ -274,7 +274,7 @@ class PostgreSQLRunner(SQLRunner):
     def vacuum(self) -> None:
         """Let PostgreSQL use the space of removed messages again."""
         super().vacuum()
-        simplebroker.log_warning("the space can be used again; VACUUM FULL %s.messages would give it back", NAME)
+        simplebroker.logger().warning("the space can be used again; VACUUM FULL %s.messages would give it back", NAME)
 
     def delete(self) -> bool:
         """Refuse: a server's schema is dropped by hand."""
@@ -313,7 +313,7 @@ class Listener(simplebroker.Notifier):
                         for _ in connection.notifies(timeout=1.0, stop_after=1):
                             self.notify()
             except (simplebroker.BrokerError, psycopg.Error) as error:
-                simplebroker.log_warning("no notifications from the server, trying again: %s", error)
+                simplebroker.logger().warning("no notifications from the server, trying again: %s", error)
                 time.sleep(1.0)
 
 
