@@ -361,7 +361,7 @@ class Settings(namedtuple("Settings", "busy_timeout_ms sync_mode cache_mb wal_au
         max_message_size: int | None = None, max_interval_s: float | None = None, db_name: str | None = None,
         db_location: str | None = None, project_scope: bool | None = None,
     ) -> Settings:  # fmt: skip
-        given, values = locals(), []
+        given, values = locals(), []  # the arguments by name
         for attribute, variable, default, rule, allowed in _RULES:
             name, value = attribute, given[attribute]
             if value is None:
@@ -885,8 +885,8 @@ class WriterLock:
 NOTIFIER_NAME = "simplebroker-notifier"  # of its thread
 NOTIFIED_LOOK_S = 0.5  # how often it looks by itself where inotify works
 MAX_SLEEP_S = 1.0  # of a waiter: the clock may step past the time at which a message becomes due
-MIN_SLEEP_S = 0.001
-SLICE_S = 0.1  # that the notifier sleeps at once
+MIN_SLEEP_S = 0.001  # of a waiter: its message may be due in a moment
+SLICE_S = 0.1  # the longest sleep of the notifier: who joins it meanwhile does not wake it
 YIELD_S = 0.0005  # after waking others, so that they and not it have the interpreter and the connection first
 _ending = False  # the interpreter ends; see _end_notifiers()
 
@@ -975,9 +975,9 @@ class Notifier:
         self._told = False  # inotify tells of commits
         self._seen: object = None  # the last data version
         self._look_at = 0.0  # the monotonic time of the next look at it
-        self._begin()
+        self._begin_anew()
 
-    def _begin(self) -> None:
+    def _begin_anew(self) -> None:
         self._pid = os.getpid()
         # Guards the thread and its inotify; held only to change them, by anyone.
         self._guard = threading.Lock()
@@ -992,7 +992,7 @@ class Notifier:
         """
         if self._pid != os.getpid():  # a forked child: thread and clients are the parent's
             self._close_inotify()
-            self._begin()
+            self._begin_anew()
         self._clients[client] = None
         with self._guard:
             if self._thread is None:
