@@ -1434,7 +1434,10 @@ class SQLiteRunner(SQLRunner):
         failure, durable = None, False
         try:
             for request in requests:
-                self._call(request, shared=len(requests) > 1)
+                if len(requests) == 1:
+                    request.result = request.function(self.run)
+                else:
+                    self._call_one_of_several(request)
                 durable = durable or request.durable
             failure = self._commit(durable)
         except Exception as error:  # noqa: BLE001 - raised in the threads that asked
@@ -1446,13 +1449,10 @@ class SQLiteRunner(SQLRunner):
                 request.error = NotSynced(failure, request.result)
             request.done = True
 
-    def _call(self, request: _Request, *, shared: bool) -> None:
-        """Do one of them. In a shared transaction its error is its own, unless SQLite rolled back everything."""
-        if not shared:
-            request.result = request.function(self.run)
-            return
+    def _call_one_of_several(self, request: _Request) -> None:
+        """Its error is its own: it undoes nothing of the others, unless SQLite rolled back everything."""
         try:
-            request.result = super().transact(request.function)  # a savepoint
+            request.result = super().transact(request.function)  # in a savepoint
         except BaseException as error:  # noqa: BLE001 - an exit, too, is for the thread that asked
             request.error = error
 
