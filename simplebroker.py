@@ -2124,15 +2124,15 @@ class Broker:
         if runner is not None and db_path is not None:
             raise ValueError("give a db_path or a runner, not both")
         self.settings = settings or Settings.from_environment()
-        self._shared_path = "" if runner is not None else api_path(self.settings, db_path)
-        self.runner = runner if runner is not None else share_runner(self._shared_path, self.settings)
+        self._shares_runner = runner is None
+        self.address = api_path(self.settings, db_path) if runner is None else runner.path
+        self.runner = share_runner(self.address, self.settings) if runner is None else runner
         self.path = self.runner.path
-        self.address = self._shared_path or self.path
         self.clock: Callable[[], int] = clock or self.runner.clock
         self._closed = self._prepared = False
 
     def __repr__(self) -> str:
-        return f"Broker({self.path!r})" if self._shared_path else f"Broker(runner={self.runner!r})"
+        return f"Broker({self.path!r})" if self._shares_runner else f"Broker(runner={self.runner!r})"
 
     def __enter__(self) -> Broker:
         return self
@@ -2143,8 +2143,8 @@ class Broker:
     def close(self) -> None:
         """Close it; the connection is closed with its last user. Closing twice is allowed."""
         closed, self._closed = self._closed, True
-        if not closed and self._shared_path:
-            return_runner(self._shared_path, self.settings)
+        if not closed and self._shares_runner:
+            return_runner(self.address, self.settings)
 
     def exists(self) -> bool:
         """Is there a database? Nothing is opened; where there is no file to look at, it is taken for granted."""
