@@ -5122,7 +5122,8 @@ HOSTILE_BODIES = ["$(touch x)", "`touch x`", "'; touch x; '", "-n", "a\nb\n\n", 
 class ShellTest(ExampleTest):
     def setUp(self) -> None:
         super().setUp()
-        command = self.dir / "the broker"
+        command = self.dir / "with blank" / "broker"
+        command.parent.mkdir()
         command.write_text(f'#!/bin/sh\nexec "{PYTHON[0]}" {" ".join(PYTHON[1:])} -m simplebroker "$@"\n')
         command.chmod(0o755)
         for name in ("tmp", "saved"):
@@ -5185,7 +5186,8 @@ class AllScriptsTest(ShellTest):
 
     def test_demos_end_by_themselves_and_leave_nothing(self) -> None:
         self.queue("jobs").write("not for the demo")
-        for process in [self.start(script, "demo") for script in SCRIPTS]:
+        installed = {"BROKER": "", "PATH": f"{self.dir / 'with blank'}:{os.environ['PATH']}"}
+        for process in [self.start(script, "demo", **installed) for script in SCRIPTS]:
             self.finish(process)
         self.assertEqual((self.totals(), list((self.dir / "tmp").iterdir())), ({"jobs": 1}, []))
 

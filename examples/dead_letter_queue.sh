@@ -48,7 +48,7 @@ for file in "$here/../simplebroker.py" "$here/simplebroker.py"; do # the nearer 
     [[ -n ${BROKER:-} || ! -f $file ]] || type -P broker >/dev/null || broker_command=(python3 "$file")
 done
 
-broker() { "${broker_command[@]}" "$@"; }
+broker() { command "${broker_command[@]}" "$@"; }
 
 # Run a broker command: true if it did something, false if nothing is there (status 2). Other statuses are errors.
 found() {
