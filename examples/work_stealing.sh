@@ -211,7 +211,7 @@ run() {
     for i in "${!workers[@]}"; do
         wait "${workers[i]}" || log "worker $((i + 1)) ended with status $?: its messages are for the others"
     done
-    kill -KILL "$!"
+    { kill -KILL "$!" && wait "$!"; } 2>/dev/null || true # silently; after a stop it ends by itself
     ! running || [[ $(loads 'map(.total) | add' "${queues[@]}" "$source") == 0 ]] || die "messages are left: start again"
 }
 
