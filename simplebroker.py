@@ -3766,13 +3766,12 @@ def run_dump(options: Options) -> None:
 
 
 def run_load(options: Options) -> None:
-    import shutil
     import tempfile
 
     broker, source = options.broker(), standard_input()
     with tempfile.TemporaryFile() as spool, Progress("lines read", options) as progress:
         if not stat.S_ISREG(file_mode(source)):  # other writers wait during the load, but for nobody who fills a pipe
-            shutil.copyfileobj(source, spool)
+            spool.writelines(source)  # by lines: a terminal's end of file counts once
             spool.seek(0)
             source = spool
         broker.load(progress.counted(source))
