@@ -310,10 +310,10 @@ _SYNC_MODES = {"FULL": "FULL", "NORMAL": "NORMAL", "OFF": "OFF"}
 _FLAGS = {"1": True, "TRUE": True, "YES": True, "0": False, "FALSE": False, "NO": False, "": False}
 _RULES: tuple[tuple[str, str, object, Callable[[str], Any], str], ...] = (
     # attribute, environment variable, default, rule, what is allowed
-    ("busy_timeout_ms", "BROKER_BUSY_TIMEOUT", 5000, _whole(0, 2**31 - 1), "whole milliseconds, such as 5000"),
+    ("busy_timeout_ms", "BROKER_BUSY_TIMEOUT", 5000, _whole(0, 2**31 - 1), "whole milliseconds up to 2147483647"),
     ("sync_mode", "BROKER_SYNC_MODE", "FULL", lambda text: _SYNC_MODES[text.upper()], "FULL, NORMAL or OFF"),
-    ("cache_mb", "BROKER_CACHE_MB", 10, _whole(1, 65536), "whole megabytes from 1"),
-    ("wal_autocheckpoint", "BROKER_WAL_AUTOCHECKPOINT", 2000, _whole(1, 10**9), "a whole number of pages from 1"),
+    ("cache_mb", "BROKER_CACHE_MB", 10, _whole(1, 65536), "whole megabytes from 1 to 65536"),
+    ("wal_autocheckpoint", "BROKER_WAL_AUTOCHECKPOINT", 2000, _whole(1, 10**9), "whole pages from 1 to 1000000000"),
     ("max_message_size", "BROKER_MAX_MESSAGE_SIZE", 10 << 20, _whole(1, 10**9), "whole bytes from 1 to 1000000000"),
     ("max_interval_s", "BROKER_MAX_INTERVAL", 0.1, _seconds, "seconds from 0.001 to 60"),
     ("db_name", "BROKER_DEFAULT_DB_NAME", ".broker.db", _file_or_url, "a relative file name without '..', or a URL"),
