@@ -3771,7 +3771,7 @@ def run_load(options: Options) -> None:
     broker, source = options.broker(), standard_input()
     with tempfile.TemporaryFile() as spool, Progress("lines read", options) as progress:
         if not stat.S_ISREG(file_mode(source)):  # other writers wait during the load, but for nobody who fills a pipe
-            spool.writelines(source)  # by lines: a terminal's end of file counts once
+            spool.writelines(iter(partial(source.read1, 1 << 20), b""))  # the end of file of a terminal counts once
             spool.seek(0)
             source = spool
         broker.load(progress.counted(source))
