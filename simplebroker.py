@@ -813,7 +813,7 @@ class WriterLock:
         """
         pause_s = self._away_until - time.monotonic()
         if pause_s > 0:
-            time.sleep(pause_s)
+            time.sleep(min(pause_s, LOCK_AWAY_S))  # tests that freeze the clock set it back
         while self.usable:
             fd = self._open() if self._fd is None else self._fd
             try:
@@ -1393,9 +1393,7 @@ class SQLiteRunner(SQLRunner):
     def _wait_in_line(self, request: _Request, deadline: float) -> bool:
         """Sleep until the request is done (True) or is the first. OperationalError at the deadline."""
         if not request.wake.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            with self._queue_guard:
-                waiting = request in self._queue
-            if waiting:
+            if self._leave_line(request):
                 raise OperationalError("the database is busy: other threads write for longer than BROKER_BUSY_TIMEOUT")
             request.wake.acquire()  # it is being done
         return request.done
@@ -1417,14 +1415,14 @@ class SQLiteRunner(SQLRunner):
                 each.rouse()
 
     def _leave_line(self, request: _Request | None = None) -> list[_Request]:
-        """Take this request, or all, out of the commit queue; who is the first afterwards leads."""
+        """Take this request (if it is still there), or all, out of the commit queue; the first afterwards leads."""
+        taken: list[_Request] = []
         with self._queue_guard:
             if request is None:
                 taken, self._queue = self._queue, []
-            else:  # (no comprehension: CPython 3.12.1 keeps a lock when an interrupt comes into one)
+            elif request in self._queue:
+                self._queue.remove(request)  # (in a comprehension CPython 3.12.1 keeps a lock after an interrupt)
                 taken = [request]
-                if request in self._queue:
-                    self._queue.remove(request)
             if self._queue:
                 self._queue[0].rouse()
         return taken
