@@ -1251,15 +1251,15 @@ class Transaction:
             raise
 
     def _undo(self) -> None:
-        """Roll back after an error, which is the one to report, unless the transaction has ended.
+        """Roll back after an error, which is the one to report, what has not ended of the transaction.
 
         (An interrupt can come after its end. To roll back then would end the one around it, and what follows there
-        would be committed alone.)
+        would be committed alone. It can also leave nested ones open.)
         """
-        if self._runner.depth() == self._depth >= 0:
-            return
+        depth = self._runner.depth()
         try:
-            self._runner.rollback()
+            for _ in range(depth - self._depth if depth >= 0 else 1):
+                self._runner.rollback()
         except Exception as error:  # noqa: BLE001 - whatever a runner raises
             logger().warning("rollback failed too: %s", error)
 
