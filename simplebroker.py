@@ -3148,7 +3148,10 @@ class QueueWatcher:
         try:
             verdict, reason = self._call(message)
         except BaseException as error:  # it ends this thread; the attempt counts all the same
-            self._give_back(message, describe(error), None)
+            try:
+                self._give_back(message, describe(error), None)
+            except sqlite3.OperationalError as second:  # busy, after which watch() would go on
+                log_warning("watcher of %s: %s", self.queue.name, second)
             raise
         if verdict:
             self._finish(message)
