@@ -990,13 +990,17 @@ class Notifier:
 
         Where no thread can be started, a Waiter looks by itself at every interval; the next client tries again.
         """
-        if self._pid != os.getpid():  # a forked child: thread and clients are the parent's
-            self._close_inotify()
-            self._begin_anew()
+        self.check_process()
         self._clients[client] = None
         with self._guard:
             if self._thread is None:
                 self._start()
+
+    def check_process(self) -> None:
+        """In a forked child, before it has threads: begin anew, as thread and clients are the parent's."""
+        if self._pid != os.getpid():
+            self._close_inotify()
+            self._begin_anew()
 
     def _start(self) -> None:
         try:
@@ -1986,6 +1990,7 @@ class SQLiteRunner(SQLRunner):
         self._connection = self._log = None
         self._lock.close()
         self._begin_anew()
+        self._notifier.check_process()
 
 
 class _Snapshot(SQLiteRunner):
@@ -2068,6 +2073,20 @@ def _each_runner(act: Callable[[SQLiteRunner], None]) -> None:
         done |= new
 
 
+# What is imported late. A child that is forked in the middle of an import would wait for ever for the end of it. (Not
+# logging, which has hooks of its own for forks.)
+_LATE_IMPORTS = ("ctypes", "datetime", "fnmatch", "heapq", "inspect", "json", "select", "signal")
+
+
+def _before_fork() -> None:
+    for name in _LATE_IMPORTS if _runners else ():
+        try:
+            __import__(name)  # waits for the thread that is just importing it
+        except ImportError:  # ctypes is not everywhere
+            pass
+    _each_runner(SQLiteRunner.before_fork)
+
+
 def _after_fork_in_child() -> None:
     global _shared_guard
     _shared_guard = threading.RLock()  # the parent's may have been held by a thread that the child lacks
@@ -2076,7 +2095,7 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=partial(_each_runner, SQLiteRunner.before_fork),
+        before=_before_fork,
         after_in_parent=partial(_each_runner, SQLiteRunner.after_fork),
         after_in_child=_after_fork_in_child,
     )
@@ -3151,7 +3170,7 @@ class QueueWatcher:
             try:
                 self._give_back(message, describe(error), None)
             except sqlite3.OperationalError as second:  # busy, after which watch() would go on
-                log_warning("watcher of %s: %s", self.queue.name, second)
+                logger().warning("watcher of %s: %s", self.queue.name, second)
             raise
         if verdict:
             self._finish(message)
