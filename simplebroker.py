@@ -1469,10 +1469,9 @@ class SQLiteRunner(SQLRunner):
     def _enters_nested(self) -> bool:
         """Is the transaction that this thread begins inside another one of its own?"""
         self._check_process()
-        thread = threading.get_ident()
-        if self._owner == thread:
+        if self._is_inside():
             return True
-        if thread in self._busy:
+        if self.is_busy():
             raise OperationalError("a signal handler cannot write in the middle of another operation of its thread")
         return False
 
@@ -1510,8 +1509,10 @@ class SQLiteRunner(SQLRunner):
         return self._depth if self._is_inside() else 0
 
     def is_busy(self) -> bool:
-        """See SQLRunner. (In its own transaction it is not.)"""
-        return threading.get_ident() in self._busy
+        """See SQLRunner. (In its own transaction it is not.) Who reads holds the mutex, for which a leader may wait."""
+        return threading.get_ident() in self._busy or (
+            self._mutex._is_owned() and not self._is_inside()  # type: ignore[attr-defined]
+        )
 
     def _is_inside(self) -> bool:
         return self._owner == threading.get_ident()
