@@ -837,6 +837,11 @@ class WriterLockTest(ForkTest):
 
 @unittest.skipUnless(HAS_FORK, "needs fork")
 class RunnerTest(ForkTest):
+    def test_who_gives_up_waiting_in_line_is_not_served_afterwards(self) -> None:
+        runner, request = SQLiteRunner(self.path), simplebroker._Request(lambda run: None, True)
+        runner._queue.append(request)
+        self.assertEqual((runner._leave_line(request), runner._leave_line(request)), ([request], []))
+
     def test_a_failing_rollback_does_not_hide_the_first_error(self) -> None:
         runner = self.plain_runner()
         queue = Queue("q", runner=runner)
