@@ -2943,7 +2943,10 @@ class LeasesInFlight:
         """Extend what is in flight, in one transaction. The notifier calls this."""
         self.next_at = time.monotonic() + min(self._period_s, SLICE_S)  # tried again soon if it fails
         if self._left:
-            self.nack()
+            try:
+                self.nack()
+            except UsageError:  # the queue is closed: the leases end by themselves
+                pass
             self._queue.broker.runner.notifier.remove(self)
             return
         messages = list(self._messages.values())
