@@ -790,6 +790,7 @@ LOCK_PAUSE_US = (50, 800)  # between two tries, at random; a pause that grows ma
 LOCK_LONG_S = 0.003  # who had the lock for longer than this ...
 LOCK_AWAY_S = 0.001  # ... stays away for so long, so that others find it free
 LOCK_CHECK_S = 0.1  # how often the file is compared with its path
+STOPPED_S = 0.5  # who did not run for so long has been stopped
 
 
 class WriterLock:
@@ -807,11 +808,12 @@ class WriterLock:
         self._taken_at = self._away_until = self._checked_at = 0.0
 
     def acquire(self, deadline: float, *, check: bool = False) -> None:
-        """Take the lock; OperationalError at the monotonic deadline.
+        """Take the lock; OperationalError at the monotonic deadline, which is put off while this process is stopped.
 
         ``check``: compare the file with its path in any case. Allowed while the lock is held.
         """
-        pause_s = self._away_until - time.monotonic()
+        looked_at = time.monotonic()
+        pause_s = self._away_until - looked_at
         if pause_s > 0:
             time.sleep(min(pause_s, LOCK_AWAY_S))  # tests that freeze the clock set it back
         while self.usable:
@@ -819,7 +821,10 @@ class WriterLock:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if time.monotonic() >= deadline:
+                last_look_at, looked_at = looked_at, time.monotonic()
+                if looked_at - last_look_at > STOPPED_S:  # by Ctrl-Z or `docker pause`: then the holder was, too
+                    deadline += looked_at - last_look_at
+                if looked_at >= deadline:
                     raise OperationalError(
                         f"the database is busy: another process holds {self.path!r} for longer than BROKER_BUSY_TIMEOUT"
                     ) from None

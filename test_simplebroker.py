@@ -777,6 +777,21 @@ class WriterLockTest(ForkTest):
             patient.result(2)
         self.assertEqual((self.q.read_many(9), self.queue("held").stats().total), (["a", "b"], 0))
 
+    @NEEDS_LOCKS
+    def test_the_time_for_which_a_process_is_stopped_does_not_count(self) -> None:
+        def write(child: Child) -> None:
+            child.say()
+            self.queue(settings=Settings(busy_timeout_ms=800)).write("b")
+
+        holder, writer, pause = self.holder(), self.child(write), threading.Event().wait
+        writer.hear()
+        for number, seconds in ((signal.SIGSTOP, 1.0), (signal.SIGCONT, 0.1)):
+            pause(0.1)
+            writer.signal(number)
+            pause(seconds)
+        holder.say()
+        self.assertEqual(writer.wait(), 0)
+
     def test_the_wait_for_the_lock_and_for_sqlite_share_one_deadline(self) -> None:
         lock = WriterLock(self.path)
         lock.acquire(time.monotonic() + 1)
