@@ -2625,7 +2625,7 @@ class SoakTest(KillTest):
         for start in range(0, self.DEPTH, 1000):
             queue.write_many([f"first {number} " + "x" * 100 for number in range(start, start + 1000)])
         running = [(role, self.begin(role, f"{role}{number}")) for number, role in enumerate(self.ROLES)]
-        sizes, kills, killed_consumers = [0, 0], 0, 0
+        sizes, kills, killed_consumers, stopped = [0, 0], 0, 0, threading.Event()
         ends, vacuum_at = time.monotonic() + self.SECONDS, time.monotonic() + self.SECONDS / 2
         while time.monotonic() < ends:
             self.pause(random.uniform(0, 0.05))
@@ -2636,7 +2636,7 @@ class SoakTest(KillTest):
             role, child = running.pop(random.randrange(len(running)))
             if random.random() < 0.7:
                 child.signal(signal.SIGSTOP)
-                self.pause(random.choice([0.001, 0.02, 0.15]))
+                stopped.wait(random.choice([0.001, 0.02, 0.15]))  # a reader might wait for who is stopped in a commit
                 child.signal(signal.SIGCONT)
             else:
                 self.kill(child)
