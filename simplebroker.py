@@ -1245,7 +1245,7 @@ class Transaction:
             self._runner.begin_immediate()
             return self._runner.run
         except BaseException as error:
-            if not isinstance(error, Exception):  # an interrupt, perhaps when it had begun
+            if not isinstance(error, Exception) or self._depth >= 0:  # an interrupt, perhaps when it had begun
                 self._undo()
             raise
 
@@ -1271,6 +1271,8 @@ class Transaction:
                 self._runner.rollback()
         except Exception as error:  # noqa: BLE001 - whatever a runner raises
             logger().warning("rollback failed too: %s", error)
+            if self._runner.depth() > self._depth:  # a signal handler raised it before anything was rolled back
+                self._undo()
 
 
 # What SQLite's messages mean here; the first that matches.
@@ -1447,7 +1449,9 @@ class SQLiteRunner(SQLRunner):
                     self._call_one_of_several(request)
                 durable = durable or request.durable
             failure = self._commit(durable)
-        except Exception as error:  # noqa: BLE001 - raised in the threads that asked
+        except Exception as error:
+            if not self._is_inside():  # a signal handler raised it after the commit
+                raise
             self._roll_back()
             for request in requests:
                 request.error = request.error or (error if len(requests) == 1 else OperationalError(str(error)))
@@ -1545,8 +1549,8 @@ class SQLiteRunner(SQLRunner):
                 self._close_hole()
             self._execute("BEGIN IMMEDIATE")
             self._changes = self._connection.total_changes  # type: ignore[union-attr]
-        except Exception:
-            self._give_up_locks()
+        except Exception:  # perhaps of a signal handler, when it had begun
+            self._roll_back()
             raise
         self._notify, self._depth, self._owner = False, 1, threading.get_ident()
 
@@ -1597,11 +1601,13 @@ class SQLiteRunner(SQLRunner):
         self._hole = False
 
     def _or_reset(self, act: Callable[..., T], *args: object) -> T:
-        """Call act(), after which an interrupt leaves nothing locked."""
+        """Call act(), after which an interrupt, or another exception of a signal handler, leaves nothing locked."""
+        in_handler = self.is_busy()  # what it is in the middle of goes on
         try:
             return act(*args)
         except BaseException as error:
-            if not isinstance(error, Exception):
+            has_locks = self.is_busy() or self._mutex._is_owned()  # type: ignore[attr-defined]
+            if not isinstance(error, Exception) or (has_locks and not in_handler):
                 self._reset()
             raise
 

@@ -3103,8 +3103,12 @@ class ModelTest(CoreTest):
             row.lease = None
 
 
+class Late(Exception):
+    """What the handler of an alarm raises."""
+
+
 class InterruptTest(ForkTest):
-    """Ctrl-C after any line of any operation, in the main thread, while other threads and processes write."""
+    """Ctrl-C or an alarm after any line of any operation, in the main thread, while other threads and processes write."""
 
     SOURCE = inspect.getsource(simplebroker).splitlines()
     LOADED = json.dumps({"type": "message", "queue": "work", "body": "loaded", "id": "5"})
@@ -3141,7 +3145,7 @@ class InterruptTest(ForkTest):
             queue.write("second of two")
 
     def interrupted(self, act: Callable[[], object], number: int) -> bool:
-        """Call act(), with a KeyboardInterrupt before that line of the module. False if it ended earlier.
+        """Call act(), with an exception of a signal handler before that line of the module. False if it ended earlier.
 
         Not at the first line of a function, nor at those of "try" and "with": what a trace raises there no handler
         of CPython catches, but signals are not looked at there.
@@ -3153,14 +3157,14 @@ class InterruptTest(ForkTest):
             left -= event == "line" and not self.SOURCE[frame.f_lineno - 1].lstrip().startswith(("try:", "with "))
             if event == "line" and left == 0:
                 left -= 1
-                raise KeyboardInterrupt
+                raise (KeyboardInterrupt, Late)[number % 2]
             return on_line
 
         ours, before = simplebroker.__file__, sys.gettrace()
         sys.settrace(lambda frame, *_: (lambda *_: on_line) if frame.f_code.co_filename == ours else None)
         try:
             act()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Late, OperationalError):  # the last when it came in a rollback
             pass
         finally:
             sys.settrace(before)  # that of coverage
