@@ -843,7 +843,10 @@ class WriterLock:
     def release(self) -> None:
         """Let the next writer in."""
         if self._fd is not None and self.usable:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+            except OSError:  # what is committed stays committed
+                self.close()
             now = time.monotonic()
             if now - self._taken_at > LOCK_LONG_S:
                 self._away_until = now + LOCK_AWAY_S
@@ -861,6 +864,9 @@ class WriterLock:
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
+
+    def __del__(self) -> None:  # an operation that close() came beside has opened it again
+        self.close()
 
     def _open(self) -> int:
         make_directory_of(self.path)
