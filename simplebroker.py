@@ -2873,6 +2873,7 @@ class LeasesInFlight:
         self._left = False  # by its consumer, in the middle of something else
 
     def __enter__(self) -> LeasesInFlight:
+        self.next_at = float("inf")  # a watcher may run again, and the notifier have set it after the first end
         if not self._lazy:
             self.keep_alive()
         return self
@@ -2882,7 +2883,6 @@ class LeasesInFlight:
             self._left, self.next_at = True, 0.0
             return
         self._queue.broker.runner.notifier.remove(self)
-        self.next_at = float("inf")
         self.nack()
 
     def keep_alive(self) -> None:
