@@ -3108,7 +3108,7 @@ class Late(Exception):
 
 
 class InterruptTest(ForkTest):
-    """Ctrl-C or an alarm after any line of any operation, in the main thread, while other threads and processes write."""
+    """Ctrl-C or an alarm at any line of any operation, in the main thread, while other threads and processes write."""
 
     SOURCE = inspect.getsource(simplebroker).splitlines()
     LOADED = json.dumps({"type": "message", "queue": "work", "body": "loaded", "id": "5"})
