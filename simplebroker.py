@@ -1281,6 +1281,18 @@ class Transaction:
                 self._undo()
 
 
+def acquire_by(lock: Any, deadline: float) -> bool:
+    """Acquire a lock; False at the monotonic deadline, which is put off while this process is stopped."""
+    looked_at = time.monotonic()
+    while not lock.acquire(timeout=max(0.0, min(STOPPED_S, deadline - looked_at))):
+        last_look_at, looked_at = looked_at, time.monotonic()
+        if looked_at - last_look_at > 2 * STOPPED_S:
+            deadline += looked_at - last_look_at
+        if looked_at >= deadline:
+            return False
+    return True
+
+
 # What SQLite's messages mean here; the first that matches.
 _MEANINGS = (
     ("locked", "the database is busy: waited for BROKER_BUSY_TIMEOUT"),
@@ -1409,7 +1421,7 @@ class SQLiteRunner(SQLRunner):
 
     def _wait_in_line(self, request: _Request, deadline: float) -> bool:
         """Sleep until the request is done (True) or is the first. OperationalError at the deadline."""
-        if not request.wake.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        if not acquire_by(request.wake, deadline):
             if self._leave_line(request):
                 raise OperationalError("the database is busy: other threads write for longer than BROKER_BUSY_TIMEOUT")
             request.wake.acquire()  # it is being done
@@ -1534,9 +1546,7 @@ class SQLiteRunner(SQLRunner):
 
     def _take_mutex(self, deadline: float) -> None:
         """OperationalError at the deadline."""
-        if self._mutex.acquire(blocking=False):
-            return
-        if not self._mutex.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        if not self._mutex.acquire(blocking=False) and not acquire_by(self._mutex, deadline):
             raise OperationalError(
                 f"the database is busy: another thread is in a transaction on {self.path!r} for longer than"
                 " BROKER_BUSY_TIMEOUT"
