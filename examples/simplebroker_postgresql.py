@@ -16,10 +16,8 @@ server once a second, takes 0.3 % of a core, and has a message 6 ms after its wr
 
 - All is in the schema "simplebroker" of the database, which the first use makes. Passwords belong in ~/.pgpass or a
   service file; one in the URL works and is not shown. The database's encoding is UTF8. A pooler has to pool sessions.
-- One writer is inside at a time, by an advisory lock, so ids are given out in commit order, as in a file. It lets the
-  next one in when it has committed, and then waits for the disk (if BROKER_SYNC_MODE is FULL): clients share the syncs.
-- A client that is silent inside a transaction, because it stopped or vanished, is thrown out after 10 s (IDLE_MS).
-- Times are the server's: a wrong clock steals no lease. Text there has no U+0000: such a body is a MessageError.
+- Writers take turns, by an advisory lock: ids are in commit order. With FULL they sync after it, and share the syncs.
+- A client that is silent in a transaction for 10 s (IDLE_MS) is thrown out. Text has no U+0000 there: a MessageError.
 - An OperationalError that says "unknown": the connection was lost at COMMIT. Who writes again then may write twice.
 """
 
@@ -88,8 +86,7 @@ def translated(sql: str) -> str:
 class PostgreSQLRunner(SQLRunner):
     """One connection for all threads of the process. Transactions of one thread nest (savepoints).
 
-    Statements whose rows nobody has asked for wait, and go to the server with the next one that is fetched, or with
-    COMMIT: a write is one round trip, a read, a lease or an acknowledgement two. The lock is taken with the first.
+    Statements whose rows nobody has asked for wait for the next one that is fetched, or for COMMIT: fewer round trips.
     """
 
     def __init__(self, url: str, settings: Settings | None = None) -> None:
@@ -102,9 +99,8 @@ class PostgreSQLRunner(SQLRunner):
 
     def _begin_anew(self) -> None:
         self._pid = os.getpid()
-        # Guards the connection and what belongs to a transaction. A thread holds it once for each that it is in.
-        self._mutex = threading.RLock()
         self._connection: Any = None
+        self._mutex: Any = threading.RLock()  # a thread holds it once for each transaction that it is in
         self._owner = self._depth = 0  # the thread that took the mutex last; in how many transactions it is
 
     def transact(self, function: Callable[..., Any], durable: bool = True) -> Any:
@@ -124,20 +120,20 @@ class PostgreSQLRunner(SQLRunner):
         """Start a transaction, or a nested one. Its first statement waits for other writers."""
         if self.depth():
             self._send("SAVEPOINT nested")
-        self._enter("BEGIN", LOCK)
+        self._enter("BEGIN ISOLATION LEVEL READ COMMITTED", LOCK)  # later statements see what the lock waited for
 
     def _enter(self, *first: str) -> None:
         """Take the mutex. Outside of transactions, connect, and let these statements wait to be sent."""
         if self._pid != os.getpid():  # a forked child: all is the parent's
             _inherited.append(self._connection)
             self._begin_anew()
-        if not self._mutex.acquire(timeout=self.settings.busy_timeout_ms / 1000):
-            raise OperationalError("the database is busy: another thread is in a transaction on this connection")
+        if self.is_busy() or not self._mutex.acquire(timeout=self.settings.busy_timeout_ms / 1000):
+            raise OperationalError("the database is busy: another thread, or this one, uses the connection already")
         try:
             if not self._depth:
                 self._connect()
                 self._waiting: list[tuple[str, Any, list[Any]]] = [(sql, (), []) for sql in first]
-                self._durable, self._notify, self._changed = True, False, False
+                self._durable, self._notify, self._changed, self._sending = True, False, False, False
             self._owner, self._depth = threading.get_ident(), self._depth + 1
         except BaseException:
             self._mutex.release()
@@ -159,7 +155,7 @@ class PostgreSQLRunner(SQLRunner):
     def rollback(self) -> None:
         """Undo the innermost transaction; nothing without one."""
         if self.depth():
-            self._waiting = []
+            self._waiting, self._sending = [], False
             try:
                 if not self._connection.closed:  # which rolls back too
                     self._send("ROLLBACK TO SAVEPOINT nested; RELEASE nested" if self._depth > 1 else "ROLLBACK")
@@ -169,6 +165,10 @@ class PostgreSQLRunner(SQLRunner):
     def depth(self) -> int:
         """In how many nested transactions this thread is."""
         return self._depth if (self._pid, self._owner) == (os.getpid(), threading.get_ident()) else 0
+
+    def is_busy(self) -> bool:
+        """See SQLRunner. (In its own transaction, between two statements, it is not.)"""
+        return self._mutex._is_owned() and (not self._depth or self._sending)
 
     def run(self, sql: str, params: Any = (), *, fetch: bool = False) -> Any:
         """See SQLRunner. In a transaction, without fetch, the rows come when something is sent; a load sends each."""
@@ -190,14 +190,14 @@ class PostgreSQLRunner(SQLRunner):
 
     def _send(self, *more: str) -> None:
         """Send what waits, and more, in one round trip."""
-        if not self.depth():
-            raise OperationalError("this thread has no open transaction (a forked child does not inherit one)")
         if "COMMIT" in more and self._connection.info.transaction_status.name not in ("IDLE", "INTRANS"):
             raise OperationalError("nothing was changed: the transaction failed before, or its connection was lost")
-        statements = [*self._waiting, *[(text, (), []) for text in more]]
+        if not self.depth() or self._sending:  # in a forked child, after an error, or in a signal handler
+            raise OperationalError("this thread's transaction has ended or failed, or is in the middle of a statement")
+        statements, self._sending = [*self._waiting, *[(text, (), []) for text in more]], True
         self._execute(self._connection, statements)
-        self._waiting = []
-        if statements[0][0] == "BEGIN":
+        self._waiting, self._sending = [], "COMMIT" in more  # after an error it stays true until the rollback
+        if statements[0][0].startswith("BEGIN"):
             self._clock_ahead = statements[1][2][0][0] - time.monotonic_ns()
 
     def _ask(self, connection: Any, sql: str, params: Any = (), fetch: bool = True) -> list[Any]:
@@ -231,8 +231,8 @@ class PostgreSQLRunner(SQLRunner):
             return OperationalError(f"the connection to {self.path!r} was lost, {outcome} ({text})")
         busy = "the database is busy, " if isinstance(error, psycopg.errors.LockNotAvailable) else ""
         lasting = isinstance(error, psycopg.ProgrammingError) and error.sqlstate != "42P01"  # of a missing table
-        kind = DatabaseError if lasting else OperationalError
-        return (IntegrityError if isinstance(error, psycopg.IntegrityError) else kind)(f"{busy}{self.path!r}: {text}")
+        kind = IntegrityError if isinstance(error, psycopg.IntegrityError) else OperationalError
+        return (DatabaseError if lasting else kind)(f"{busy}{self.path!r}: {text}")
 
     def clock(self) -> int:
         """The server's time, in nanoseconds since 1970: our monotonic clock and what the server said last."""
@@ -253,12 +253,12 @@ class PostgreSQLRunner(SQLRunner):
     def open_connection(self) -> Any:
         """Connect to the server. The caller closes it."""
         try:
-            if re.search("//[^?]*/[^?]*@", self._url):  # what a password with a / would lead to
+            if re.search("//[^?]*[/@][^?]*@", self._url):  # what a password with a / or @ would lead to
                 raise psycopg.ProgrammingError
             options = {**DEFAULTS, **psycopg.conninfo.conninfo_to_dict(self._url), "client_encoding": "UTF8"}
             connection = psycopg.connect(**options, autocommit=True, cursor_factory=psycopg.ClientCursor)
         except psycopg.ProgrammingError:  # whose text may have a part of the password
-            raise UsageError(f"{self.path!r} is no URL: look at its options; in a password, / is %2F") from None
+            raise UsageError(f"{self.path!r} is no URL: look at its options; in a password, @ is %40, / %2F") from None
         except psycopg.Error as error:
             raise OperationalError(f"cannot connect to {self.path!r}: {' '.join(str(error).split())}") from error
         self._clock_ahead = self._ask(connection, SESSION, [self.settings.busy_timeout_ms])[0][0] - time.monotonic_ns()
