@@ -43,7 +43,7 @@ class LoggingRunner(SQLRunner):
 
     def __init__(self, runner: SQLRunner) -> None:
         self._runner = runner
-        self.path = runner.path
+        self.path, self.clock, self.depth, self.is_busy = runner.path, runner.clock, runner.depth, runner.is_busy
         self.counts: Counter[str] = Counter()  # (approximate while several threads use the runner)
 
     @property
