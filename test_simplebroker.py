@@ -5067,7 +5067,7 @@ class ContractOfPooledBroker(QueueContract, ExampleTest):
         self._run, self._core = loop.run_until_complete, module("async_pooled_broker").AsyncBrokerCore(self.path)
         self._run(self._core.__aenter__())
         self.addCleanup(loop.close)
-        self.addCleanup(lambda: self._run(self._core.close()))
+        self.addCleanup(lambda: self._run(asyncio.wait([loop.create_task(self._core.close()) for _ in "ab"])))
 
     def q(self, name: str) -> Any:
         return self.Synchronous(self._run, self._core.queue(name), self._broker.queue(name))

@@ -2,7 +2,6 @@
 """A native asyncio broker on aiosqlite and aiosqlitepool: SimpleBroker's Queue, with await.
 
     pip install aiosqlite aiosqlitepool
-    python async_pooled_broker.py
 
     async with AsyncBrokerCore("tasks.db") as broker:
         tasks = broker.queue("tasks")
@@ -44,8 +43,7 @@ from simplebroker import Broker, LeaseLost, Message, OperationalError, Settings,
 
 READERS, GROUP = 4, 32  # connections in the pool; calls in one transaction (other processes wait meanwhile)
 CONCURRENCY = 8  # handlers of a watch that run at the same time
-LEASE_S = 30.0
-MAX_ATTEMPTS = 5
+LEASE_S, MAX_ATTEMPTS = 30.0, 5
 BACKOFF_S = 0.5  # before the second attempt; doubles with each further one, up to 300
 PAUSE_S = 0.05  # between two looks of close() at what still runs, and of a watch at a busy database
 
@@ -111,6 +109,8 @@ class AsyncBrokerCore:
             await asyncio.wait(busy, timeout=PAUSE_S)
         for consumer in list(self.consumers):
             await consumer.close()
+        if not self._is_open:  # another task closes it too, and has come here first
+            return
         self._is_open = False
         while self._line or self._turn.locked():  # what has begun is finished
             await asyncio.sleep(PAUSE_S)
