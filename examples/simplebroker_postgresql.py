@@ -17,7 +17,7 @@ server once a second, takes 0.3 % of a core, and has a message 6 ms after its wr
 - All is in the schema "simplebroker" of the database, which the first use makes. Passwords belong in ~/.pgpass or a
   service file; one in the URL works and is not shown. The database's encoding is UTF8. A pooler has to pool sessions.
 - Writers take turns, by an advisory lock: ids are in commit order. With FULL they sync after it, and share the syncs.
-- A client that is silent in a transaction for 10 s (IDLE_MS) is thrown out. Text has no U+0000 there: a MessageError.
+- Who is silent in a transaction for 10 s (IDLE_MS) is thrown out. Times are the server's. Text with U+0000 is refused.
 - An OperationalError that says "unknown": the connection was lost at COMMIT. Who writes again then may write twice.
 """
 
