@@ -778,12 +778,24 @@ class WriterLockTest(ForkTest):
         self.assertEqual((self.q.read_many(9), self.queue("held").stats().total), (["a", "b"], 0))
 
     @NEEDS_LOCKS
-    def test_the_time_for_which_a_process_is_stopped_does_not_count(self) -> None:
-        def write(child: Child) -> None:
-            child.say()
-            self.queue(settings=Settings(busy_timeout_ms=800)).write("b")
+    def test_a_thread_that_is_refused_is_not_served_afterwards(self) -> None:
+        class Refused(OperationalError):
+            def __init__(self, text: str) -> None:
+                lock.release()  # before the other looks again
+                next(as_completed(writing))
 
-        holder, writer, pause = self.holder(), self.child(write), threading.Event().wait
+        lock, writing = WriterLock(self.path), []
+        lock.acquire(time.monotonic() + 1)
+        slowly = mock.patch.multiple(simplebroker, LOCK_PAUSE_US=(400_000, 400_001), OperationalError=Refused)
+        with slowly, ThreadPoolExecutor(2) as pool:
+            writing += [pool.submit(self.q.write, body) for body in "bc"]
+            stored = [body for body, done in zip("bc", writing) if done.exception() is None]
+        self.assertEqual((len(stored), self.q.read_many(9)), (1, ["a", *stored]))
+
+    @NEEDS_LOCKS
+    def test_the_time_for_which_a_process_is_stopped_does_not_count(self) -> None:
+        holder, queue, pause = self.holder(), self.queue(settings=Settings(busy_timeout_ms=800)), threading.Event().wait
+        writer = self.child(lambda child: (child.say(), queue.write("b")))
         writer.hear()
         for number, seconds in ((signal.SIGSTOP, 1.0), (signal.SIGCONT, 0.1)):
             pause(0.1)
@@ -852,11 +864,6 @@ class WriterLockTest(ForkTest):
 
 @unittest.skipUnless(HAS_FORK, "needs fork")
 class RunnerTest(ForkTest):
-    def test_who_gives_up_waiting_in_line_is_not_served_afterwards(self) -> None:
-        runner, request = SQLiteRunner(self.path), simplebroker._Request(lambda run: None, True)
-        runner._queue.append(request)
-        self.assertEqual((runner._leave_line(request), runner._leave_line(request)), ([request], []))
-
     def test_a_failing_rollback_does_not_hide_the_first_error(self) -> None:
         runner = self.plain_runner()
         queue = Queue("q", runner=runner)
@@ -3103,10 +3110,6 @@ class ModelTest(CoreTest):
             row.lease = None
 
 
-class Late(Exception):
-    """What the handler of an alarm raises."""
-
-
 class InterruptTest(ForkTest):
     """Ctrl-C or an alarm at any line of any operation, in the main thread, while other threads and processes write."""
 
@@ -3157,14 +3160,14 @@ class InterruptTest(ForkTest):
             left -= event == "line" and not self.SOURCE[frame.f_lineno - 1].lstrip().startswith(("try:", "with "))
             if event == "line" and left == 0:
                 left -= 1
-                raise (KeyboardInterrupt, Late)[number % 2]
+                raise (KeyboardInterrupt, EOFError)[number % 2]
             return on_line
 
         ours, before = simplebroker.__file__, sys.gettrace()
         sys.settrace(lambda frame, *_: (lambda *_: on_line) if frame.f_code.co_filename == ours else None)
         try:
             act()
-        except (KeyboardInterrupt, Late, OperationalError):  # the last when it came in a rollback
+        except (KeyboardInterrupt, EOFError, OperationalError):  # the last when it came in a rollback
             pass
         finally:
             sys.settrace(before)  # that of coverage
@@ -5678,8 +5681,7 @@ class CasesTest(ConsumerTest):
             print(os.waitpid(pid, 0)[1], flush=True)
             queue.write("b")
         """
-        child = self.python(code, str(self.path))
-        self.assertEqual(child.communicate(timeout=DEADLINE_S)[0], b"0\n")
+        self.assertEqual(self.python(code, str(self.path)).communicate(timeout=DEADLINE_S)[0], b"0\n")
         self.assertBodies(self.queue(), ["a", "b"])
 
     def test_a_handler_that_ends_its_thread_counts_as_an_attempt(self) -> None:  # case 11, trap 34
@@ -5726,8 +5728,7 @@ class CasesTest(ConsumerTest):
             watcher.watch()
             print("watched")
         """
-        child = self.python(code, str(self.path))
-        self.assertEqual(child.communicate(timeout=DEADLINE_S)[0], b"watched\n")
+        self.assertEqual(self.python(code, str(self.path)).communicate(timeout=DEADLINE_S)[0], b"watched\n")
 
     @unittest.skipUnless(sys.implementation.name == "cpython", "needs CPython: subinterpreters")
     def test_a_subinterpreter_that_may_start_no_thread_waits_by_looking(self) -> None:
@@ -5811,8 +5812,7 @@ class CasesTest(ConsumerTest):
                 os.waitpid(pid, 0)
                 queue.write("20 ")
         """
-        child = self.python(code, str(self.path), stderr=subprocess.DEVNULL)
-        child.communicate(timeout=DEADLINE_S)
+        self.python(code, str(self.path), stderr=subprocess.DEVNULL).communicate(timeout=DEADLINE_S)
         self.assertEqual([message.split()[0] for message in self.queue().peek_all()], [str(n) for n in range(21)])
 
     def test_a_fork_during_a_dump_does_not_cut_it_short_and_a_vacuum_does_not_wait_for_it(self) -> None:
