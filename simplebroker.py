@@ -1604,6 +1604,8 @@ class SQLiteRunner(SQLRunner):
         try:
             os.fdatasync(log.fd)
         except OSError as error:
+            if error.errno is None:  # the TimeoutError of a signal handler
+                raise
             self._hole, problem = True, error.strerror
         if not self._hole:
             return None
