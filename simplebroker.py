@@ -800,10 +800,11 @@ class WriterLock:
     its deadline. Where files cannot be locked SQLite's own locking has to be enough: correct, only slower.
     """
 
+    _fd: int | None = None  # here, as __del__ can meet one that an interrupt has left half made
+
     def __init__(self, database: StrPath) -> None:
         self.path = os.fspath(database) + LOCK_SUFFIX
         self.usable = fcntl is not None  # files can be locked here
-        self._fd: int | None = None
         # Monotonic times: it was taken, it is left to others until, its file was compared with the path.
         self._taken_at = self._away_until = self._checked_at = 0.0
 
@@ -1306,17 +1307,14 @@ REOPEN_S = 0.1  # for so long a file is tried to open again, as someone may just
 _as_text = partial(str, encoding="utf-8", errors="replace")  # rows of other programs need not be UTF-8
 
 
-class _Log:
+class _Log(int):
     """A descriptor of the -wal file. Who syncs keeps a reference, so that it stays open while the runner closes.
 
     (Closing it drops none of SQLite's locks: those are on the database and the -shm file.)
     """
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
     def __del__(self) -> None:
-        os.close(self.fd)
+        os.close(self)
 
 
 class _Request:
@@ -1368,7 +1366,7 @@ class SQLiteRunner(SQLRunner):
         self._pid = os.getpid()
         # Guards the connection, the writer lock and the fields below. A thread that is in a transaction holds it from
         # begin_immediate() to commit() or rollback(). Re-entrant only so that _reset() can tell whose it is.
-        self._mutex = threading.RLock()
+        self._mutex: Any = threading.RLock()  # (type checkers do not know of its _is_owned())
         self._identity: tuple[int, int] | None = None  # of the file that the connection has open; None: no file
         self._opened = 0  # counts the connections: a data version means something within one only
         self._writable = False  # the connection has been prepared for writing
@@ -1380,7 +1378,8 @@ class SQLiteRunner(SQLRunner):
         self._hole = False  # a sync failed: the log may have a hole on the disk
         self._busy: set[int] = set()  # threads that stand in the queue, or lead; each adds and discards itself
         # The commit queue: threads that found the mutex taken. The first is the leader, and waits for the mutex.
-        self._queue_guard = threading.Lock()  # guards the list; held only to change it, by anyone
+        # Guards the list; held only to change it, by anyone. Re-entrant only so that _reset() can tell whose it is.
+        self._queue_guard: Any = threading.RLock()
         self._queue: list[_Request] = []  # may be looked at without the guard
 
     # -- transactions
@@ -1537,9 +1536,7 @@ class SQLiteRunner(SQLRunner):
 
     def is_busy(self) -> bool:
         """See SQLRunner. (In its own transaction it is not.) Who reads holds the mutex, for which a leader may wait."""
-        return threading.get_ident() in self._busy or (
-            self._mutex._is_owned() and not self._is_inside()  # type: ignore[attr-defined]
-        )
+        return threading.get_ident() in self._busy or (self._mutex._is_owned() and not self._is_inside())
 
     def _is_inside(self) -> bool:
         return self._owner == threading.get_ident()
@@ -1602,7 +1599,7 @@ class SQLiteRunner(SQLRunner):
         """Sync the log, with no lock held; return what is wrong. It undoes nothing: others have built on the commit."""
         problem: object = "a sync of another thread failed"  # the kernel reports an error of a file only once
         try:
-            os.fdatasync(log.fd)
+            os.fdatasync(log)
         except OSError as error:
             if error.errno is None:  # the TimeoutError of a signal handler
                 raise
@@ -1624,7 +1621,7 @@ class SQLiteRunner(SQLRunner):
         try:
             return act(*args)
         except BaseException as error:
-            has_locks = self.is_busy() or self._mutex._is_owned()  # type: ignore[attr-defined]
+            has_locks = self.is_busy() or self._mutex._is_owned() or self._queue_guard._is_owned()
             if not isinstance(error, Exception) or (has_locks and not in_handler):
                 self._reset()
             raise
@@ -1633,6 +1630,8 @@ class SQLiteRunner(SQLRunner):
         """KeyboardInterrupt and its kind can arrive between any two bytecodes, so nothing is known about the
         connection: close it (SQLite rolls back), and drop every lock that this thread has, whatever the depth."""
         self._busy.discard(threading.get_ident())
+        while self._queue_guard._is_owned():  # CPython 3.9 can be interrupted between the end of "with" and __exit__()
+            self._queue_guard.release()
         for request in list(self._queue):
             if request.thread == threading.get_ident():  # a second interrupt kept it in the queue
                 self._leave_line(request)
