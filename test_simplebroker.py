@@ -17,7 +17,6 @@ import doctest
 import enum
 import functools
 import gc
-import importlib
 import importlib.util
 import inspect
 import io
@@ -46,6 +45,7 @@ import threading
 import time
 import traceback
 import unittest
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -3444,8 +3444,9 @@ class CommandTest(BrokerTest):
             sys.stdout, sys.stderr = (open(fd, "w", 1, encoding="utf-8", closefd=False) for fd in (1, 2))
             sys.argv = ["broker", *args]
             atexit._clear()  # what is registered is the parent's, and what it left to be collected
-            if hasattr(gc, "freeze"):  # (PyPy)
-                gc.freeze()
+            getattr(gc, "freeze", int)()  # (PyPy has none)
+            warnings.simplefilter("ignore")  # as in the command: unittest shows what an interrupt leaves unclosed
+            sys.unraisablehook = lambda it: it.exc_type is KeyboardInterrupt or sys.__unraisablehook__(it)  # in __del__
             prepare()
             os._exit = sys.exit
             os.write(begun, b"!")
@@ -3457,8 +3458,7 @@ class CommandTest(BrokerTest):
             signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
         except KeyboardInterrupt:  # just before it, or just after
             status = 128 + signal.SIGINT if status == 70 else status
-            text = traceback.format_exc()
-            if simplebroker.__file__ in text and "def run_and_exit" not in text:  # no: in it
+            if simplebroker.__file__ in (text := traceback.format_exc()) and "def run_and_exit" not in text:  # no: in
                 traceback.print_exc()
         except BaseException:  # noqa: BLE001 - whatever it is, the test must see it and the child must end
             traceback.print_exc()
