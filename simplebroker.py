@@ -1890,9 +1890,8 @@ class SQLiteRunner(SQLRunner):
                 # old one would write to the new one's -shm: remove both before the new file is made.
                 remove_file(self.path + "-wal")
                 remove_file(self.path + "-shm")
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             os.chmod(self.path, 0o600)  # also under a umask that takes bits away from the owner
-            os.close(fd)
         except FileExistsError:
             pass
         except OSError as error:
