@@ -23,7 +23,7 @@ import io
 import json
 import logging
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import pickle
 import random
@@ -4729,7 +4729,7 @@ class DashboardTest(ExampleTest):
         ours, theirs = socket.socketpair()  # Chromium expects the pipe at its file descriptors 3 and 4
         ours.settimeout(DEADLINE_S)
         fd = theirs.fileno()
-        command = ["bash", "-c", f'exec chromium "$@" 3<&{fd} 4>&{fd}', "bash", "--headless=new"]
+        command = ["bash", "-c", f'TMPDIR={self.dir} exec chromium "$@" 3<&{fd} 4>&{fd}', "bash", "--headless=new"]
         command += ["--no-sandbox", f"--user-data-dir={self.dir / 'chromium'}", "--remote-debugging-pipe"]
         session: dict[str, str] = {}
         chromium = subprocess.Popen(command, pass_fds=[fd], stderr=subprocess.DEVNULL, start_new_session=True)
@@ -5307,7 +5307,7 @@ class Server:
         self.user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
         if self.user:
             os.chown(self.dir, NOBODY, NOBODY)
-        atexit.register(self.remove)
+        multiprocessing.util.Finalize(None, self.remove, exitpriority=1)  # atexit is not for a pool's processes
         order = ("--locale=C", "--locale-provider=icu", "--icu-locale=en")  # another than ours
         self.call("initdb", "-A", "trust", "-U", "broker", "-E", "UTF8", "--no-sync", *order)
         options = f"-k {self.dir} -c listen_addresses= -c max_connections=50"
