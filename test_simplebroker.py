@@ -4729,7 +4729,7 @@ class DashboardTest(ExampleTest):
         ours, theirs = socket.socketpair()  # Chromium expects the pipe at its file descriptors 3 and 4
         ours.settimeout(DEADLINE_S)
         fd = theirs.fileno()
-        command = ["bash", "-c", f'TMPDIR={self.dir} exec chromium "$@" 3<&{fd} 4>&{fd}', "bash", "--headless=new"]
+        command = ["bash", "-c", f'TMPDIR=$0 exec chromium "$@" 3<&{fd} 4>&{fd}', str(self.dir), "--headless=new"]
         command += ["--no-sandbox", f"--user-data-dir={self.dir / 'chromium'}", "--remote-debugging-pipe"]
         session: dict[str, str] = {}
         chromium = subprocess.Popen(command, pass_fds=[fd], stderr=subprocess.DEVNULL, start_new_session=True)
